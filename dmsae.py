@@ -25,6 +25,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import sys
@@ -54,9 +55,9 @@ def need(ok, message):
     if not ok:
         raise BadInput(message)
 
-def opt(default, text, **argparse_words):
-    """A dataclass field that carries its command-line help."""
-    return field(default=default, metadata={"help": text, **argparse_words})
+def opt(default, help, choices=None, **words):
+    """A dataclass field that carries the words for argparse."""
+    return field(default=default, metadata=dict(help=help, choices=choices, **words))
 
 @dataclass
 class Config:
@@ -71,21 +72,19 @@ class Config:
     tokens: int = opt(100_000_000, "tokens for each training (the paper: 500_000_000); a shorter text is repeated")
     d_sae: int = opt(65536, "number of latents, core included")
     k: int = opt(64, "active latents per token that BatchTopK leaves on average (L0)")
-    prefixes: tuple = opt((1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "ascending nested widths, core not counted: "
-                          "fractions of d_sae that end in 1, or numbers of latents that end in d_sae", type=float, nargs="+")
+    prefixes: tuple = opt((1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "ascending nested widths, core not counted: fractions of "
+                          "d_sae that end in 1, or numbers of latents that end in d_sae", type=float, nargs="+")
     batch: int = opt(4096, "tokens per training step")
     lr: float = opt(3e-4, "peak learning rate of Adam")
     cycles: int = opt(5, "distillation cycles: trainings 0..cycles, where training 0 is the plain baseline")
     coverage: float = opt(0.9, "share of the attribution that the core must hold")
-    select: str = opt("attribution", "what chooses the core; the other two are controls of the same size",
-                      choices=("attribution", "frequency", "random"))
+    select: str = opt("attribution", "what chooses the core; the others are controls of the same size", ("attribution", "frequency", "random"))
     core: str = opt(None, "core.safetensors file to start training 0 with")
-    core_sparsity: str = opt("dynamic", "how the core shares the budget k: outside BatchTopK, the rest shrinking "
-                             "(dynamic) or not (exempt); like any latent (compete); dynamic with its gate of birth (gated)",
-                             choices=("dynamic", "exempt", "compete", "gated"))
-    core_decoder: str = opt("encoder", "where a core latent's decoder row starts", choices=("encoder", "random"))
-    attribution_agg: str = opt("mean", "over tokens: mean of |a|, |mean of a| (signed), or 0.99 quantile of |a|",
-                               choices=("mean", "signed", "quantile"))
+    core_sparsity: str = opt("dynamic", "how the core shares the budget k: outside BatchTopK, the rest shrinking (dynamic) or "
+                             "not (exempt); like any latent (compete); dynamic with its gate of birth (gated)",
+                             ("dynamic", "exempt", "compete", "gated"))
+    core_decoder: str = opt("encoder", "where a core latent's decoder row starts", ("encoder", "random"))
+    attribution_agg: str = opt("mean", "over tokens: mean |a|, |mean a| (signed), 0.99 quantile of |a|", ("mean", "signed", "quantile"))
     attribution_error: bool = opt(False, "add the SAE's error back, so that gradients are those of the unspliced model")
     attribution_tokens: int = opt(1_000_000, "held-out tokens for attribution; of a short text a tenth is held out")
     seed: int = opt(0, "seed of everything random")
@@ -100,23 +99,8 @@ class Config:
             mps = torch.backends.mps.is_available()
             self.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         if self.demo and self.model == Config.model:
-            self.model = f"{self.out}/model"
-            self.text = self.text or f"{self.model}/text.jsonl"
-
-    @property
-    def steps(self):
-        """Steps of one training."""
-        return self.tokens // self.batch
-
-    @property
-    def dead_after(self):
-        """A latent is dead after this many tokens without firing: 10M (Gao et al. 2024); a tenth of a short run (ours)."""
-        return min(10_000_000, self.tokens // 10)
-
-    @property
-    def demo_builds(self):
-        """True where the demo's language model has still to be trained."""
-        return self.demo and self.model == f"{self.out}/model" and not Path(self.model).exists()
+            self.model, self.text = f"{self.out}/model", self.text or f"{self.out}/model/text.jsonl"
+        self.demo_builds = self.demo and self.model == f"{self.out}/model" and not Path(self.model).exists()
 
     def widths(self, n_core=0):
         """Cumulative prefix widths with a core of n_core latents, core included: (G,) ints. The core takes its place
@@ -138,10 +122,11 @@ def parse(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = lambda message: p.exit(2, f"dmsae: {message}; python dmsae.py --help shows all flags\n")
     for f in fields(Config):
-        words = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        p.add_argument("--" + f.name.replace("_", "-"), default=f.default, **{**words, **f.metadata})
-    argv = [a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]):] if a.startswith("--") else a
-            for a in (sys.argv[1:] if argv is None else argv)]  # --d_sae is --d-sae
+        words = dict(f.metadata, type=f.metadata.get("type", f.type))
+        if f.type is bool:
+            words = dict(help=words["help"], action=argparse.BooleanOptionalAction)
+        p.add_argument("--" + f.name.replace("_", "-"), default=f.default, **words)
+    argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), a) for a in (sys.argv[1:] if argv is None else argv)]
     if "--demo" in argv:
         p.set_defaults(**DEMO)
     args = vars(p.parse_args(argv))
@@ -323,7 +308,8 @@ def spliced_losses(model, layer, text, ids, n_columns, edit):
         with spliced(model, layer, lambda h: edit(h, keep)):
             logits = model(b, use_cache=False).logits  # (b, T, V)
         source = keep[:, :-1]
-        yield F.cross_entropy(logits[:, :-1][source].float(), b[:, 1:][source], reduction="sum"), int(source.sum())
+        logits = logits[:, :-1][source].to(torch.promote_types(logits.dtype, torch.float32))  # (positions, V)
+        yield F.cross_entropy(logits, b[:, 1:][source], reduction="sum"), len(logits)
 
 @torch.no_grad()
 def mean_loss(*args):
@@ -568,7 +554,9 @@ def train_sae(cfg, model, text, scale, core, cycle, out):
 
     Returns the SAE (scale not yet folded in), its share of dead latents, and seconds. KeyboardInterrupt, after a
     checkpoint, on Ctrl-C; BadInput where the loss is not finite, the last good checkpoint being kept."""
-    path, steps, at, saved = out / "checkpoint.safetensors", cfg.steps, dict(step=0, position=(0, 0), row_step=0, seconds=0.0), {}
+    clock, path, saved = time.time(), out / "checkpoint.safetensors", {}
+    at, steps = dict(step=0, position=(0, 0), row_step=0, seconds=0.0), cfg.tokens // cfg.batch
+    dead_after = min(10_000_000, cfg.tokens // 10)  # tokens without firing: Gao et al. 2024; the tenth is ours, for short runs
     if path.exists():
         found, meta = load_tensors(path, "delete it to begin this training again; finished ones are kept")
         if meta["cycle"] == cycle:
@@ -590,13 +578,13 @@ def train_sae(cfg, model, text, scale, core, cycle, out):
         state[name].detach().copy_(saved[name])
     saved.clear()
     floor = cfg.k if cfg.core_sparsity == "exempt" else max(1, cfg.k // 10)  # k/10: our choice
-    guess, clock, saved_at, row_step = 0.0, time.time() - at["seconds"], time.time(), at["row_step"]
+    guess, clock, saved_at, row_step = 0.0, clock - at["seconds"], time.time(), at["row_step"]
     stopped, bar = [], progress(f"train {cycle}", total=cfg.tokens, initial=at["step"] * cfg.batch, unit="tok")
     with bar, ExitStack() as stack:
         ctrl_c = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))  # why: it must not cut a step in two
         stack.callback(signal.signal, signal.SIGINT, ctrl_c)
         for step in range(at["step"], steps):
-            dead = sae.n_core + (since[sae.n_core:] >= cfg.dead_after).nonzero()[:, 0]  # (d,)
+            dead = sae.n_core + (since[sae.n_core:] >= dead_after).nonzero()[:, 0]  # (d,)
             loss, x_hat, cut, col, core_l0 = loss_and_grad(sae, trained, x, cfg.k, floor, guess, dead)
             norm = apply_gradients(trained, adam, learning_rate(step, steps, cfg.lr))
             sae.update_threshold(cut, step)
@@ -626,7 +614,7 @@ def train_sae(cfg, model, text, scale, core, cycle, out):
                 raise KeyboardInterrupt
             if step + 1 < steps:
                 x, position = next(data)
-    return sae, (since >= cfg.dead_after).float().mean().item(), time.time() - clock
+    return sae, (since >= dead_after).float().mean().item(), time.time() - clock
 
 # ---- Held-out evaluation, and attribution ------------------------------------------------------------------------------
 def evaluate(model, layer, text, ids, n_columns, sae, ce_original, ce_zero):
@@ -814,6 +802,7 @@ def build_demo(folder, steps=900):
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     docs = list(topics.values()) + [p.read_text(errors="replace") for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+    docs = [d[i:i + 4000] for d in docs for i in range(0, len(d), 4000)]  # why: then what is held out is like the rest
     random.Random(0).shuffle(docs)
     write_text("".join(json.dumps({"text": d}) + "\n" for d in docs), part / "text.jsonl")
     bpe = ByteLevelBPETokenizer()
@@ -880,7 +869,7 @@ def one_cycle(cfg, model, text, measured, core, training, cycle, out):
     new, kept = next_core(core, sae, chosen, scores, density, training), int((chosen < len(core)).sum())
     births = new.birth[:, 0].tolist()
     row = dict(cycle=cycle, core=len(new), kept=kept, new=len(new) - kept, dropped=len(core) - kept, origins={b: births.count(b) for b in
-               sorted(set(births))}, **held, dead=dead, widths=sae.widths, tokens=cfg.steps * cfg.batch, seconds=time.time() - clock)
+               sorted(set(births))}, **held, dead=dead, widths=sae.widths, tokens=cfg.tokens // cfg.batch * cfg.batch, seconds=time.time() - clock)
     part = out / f"cycle{cycle}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
