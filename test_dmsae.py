@@ -24,6 +24,7 @@ from dmsae import (Config, Core, MatryoshkaSAE, Text, apply_gradients, attribute
                    nested_loss, next_core, select_core)
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR")
 
 # ---- Helpers -----------------------------------------------------------------------------------------------------------
 def random_sae(d_model=8, widths=(13, 25, 64), n_core=0, n_exempt=0, dtype=torch.float64, seed=0):
@@ -114,9 +115,9 @@ def weights(out, cycle):
 
 @pytest.fixture(scope="session")
 def story(lm, tmp_path_factory):
-    """A whole run of two cycles through the real main, in gated mode."""
+    """A whole run of three cycles through the real main, in gated mode."""
     out = tmp_path_factory.mktemp("run") / "out"
-    assert dmsae.main(command(lm, out, cycles=2, core_sparsity="gated")) == 0
+    assert dmsae.main(command(lm, out, cycles=3, core_sparsity="gated")) == 0
     return out
 
 # ---- BatchTopK ---------------------------------------------------------------------------------------------------------
@@ -190,6 +191,17 @@ def test_sparse_loss_and_gradients_equal_dense_autograd(n_core, n_exempt, dead, 
     assert abs(loss - expected) < 1e-10
     for got, want in zip(trained, (params[0].grad[n_core:], *(p.grad for p in params[1:]))):
         assert want.abs().max() > 1e-4 and (got.grad - want).abs().max() < 1e-10
+
+def test_the_gathering_branch_of_paired_dots_equals_the_sampled_one():
+    """The path that GPUs take must give what the CPU's gives."""
+    class OnGPU:
+        device, shape = SimpleNamespace(type="cuda"), (6, 4)
+        def __getitem__(self, index):
+            return a[index]
+    a, b = torch.randn(6, 4), torch.randn(9, 4)
+    i, j = torch.tensor([0, 0, 2, 5]), torch.tensor([1, 8, 0, 3])
+    for table in (a, OnGPU()):
+        assert torch.allclose(dmsae.paired_dots(table, i, b, j), (a[i] * b[j]).sum(1), atol=1e-6)
 
 def test_survivors_values_are_differentiable_too():
     """A penalty that a reader puts on the activations must reach W_enc."""
@@ -556,7 +568,7 @@ def test_core_takes_its_place_inside_d_sae():
 def test_frozen_rows_are_bitwise_unchanged_and_everything_is_on_disk(story):
     """Each training's core rows must be those of the core chosen before, bit by bit; files and log must be complete."""
     rows = [json.loads(line) for line in (story / "log.jsonl").read_text().splitlines()]
-    for cycle in (1, 2):
+    for cycle in (1, 2, 3):
         core = load_file(story / f"cycle{cycle - 1}" / "core.safetensors")
         now = load_file(story / f"cycle{cycle}" / "core.safetensors")
         W_enc = weights(story, cycle)["W_enc"].T
@@ -570,11 +582,11 @@ def test_frozen_rows_are_bitwise_unchanged_and_everything_is_on_disk(story):
         kept = int((now["index"] < C).sum())
         assert (r["core"], r["kept"], r["new"], r["dropped"]) == (len(now["index"]), kept, len(now["index"]) - kept, C - kept)
         assert sum(r["origins"].values()) == r["core"] and len(r["fvu"]) == 5 and r["tokens"] == 12_800
-    assert [r["cycle"] for r in rows if "core" in r] == [0, 1, 2] and not (story / "checkpoint.safetensors").exists()
+    assert [r["cycle"] for r in rows if "core" in r] == [0, 1, 2, 3] and not (story / "checkpoint.safetensors").exists()
 
 def test_saved_folder_is_a_jumprelu_sae(story):
     """Ten independent lines that know only SAELens's jumprelu must give our forward; loading must be bitwise."""
-    for cycle in (0, 2):
+    for cycle in (0, 3):
         folder = story / f"cycle{cycle}"
         cfg, w = json.loads((folder / "cfg.json").read_text()), weights(story, cycle)
         assert cfg["architecture"] == "jumprelu" and w["W_enc"].shape == (cfg["d_in"], cfg["d_sae"])
@@ -634,11 +646,11 @@ def test_killed_and_resumed_equals_uninterrupted(lm, tmp_path, how):
 def test_another_configuration_in_the_same_folder_is_refused(lm, story, capsys):
     """The keys that differ must be named, and nothing may be touched; more cycles are no other configuration."""
     before = {p: p.stat().st_mtime_ns for p in story.rglob("*")}
-    assert dmsae.main(command(lm, story, cycles=2, core_sparsity="gated", k=7, lr=0.1)) == 2
+    assert dmsae.main(command(lm, story, cycles=3, core_sparsity="gated", k=7, lr=0.1)) == 2
     error = capsys.readouterr().err
     assert "k 6 there, 7 here" in error and "lr" in error and "d_sae" not in error and error.count("\n") == 1
     assert before == {p: p.stat().st_mtime_ns for p in story.rglob("*")}
-    assert dmsae.main(command(lm, story, cycles=2, core_sparsity="gated")) == 0, "a finished run just prints its table"
+    assert dmsae.main(command(lm, story, cycles=3, core_sparsity="gated")) == 0, "a finished run just prints its table"
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text"])
 def test_a_damaged_checkpoint_is_refused(lm, tmp_path, capsys, damage):
@@ -662,13 +674,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(lm, 
 
 def test_a_saved_core_starts_another_sparsity(lm, story, tmp_path, capsys):
     """--core FILE --cycles 0 must train one SAE at another k around the rows of the file, its identities kept."""
-    path = story / "cycle2" / "core.safetensors"
+    path = story / "cycle3" / "core.safetensors"
     assert dmsae.main(command(lm, tmp_path / "out", core=path, cycles=0, k=3, core_sparsity="compete")) == 0
     core, now = load_file(path), load_file(tmp_path / "out" / "cycle0" / "core.safetensors")
     C = len(core["W_enc"])
     assert torch.equal(weights(tmp_path / "out", 0)["W_enc"].T[:C], core["W_enc"])
     old = {tuple(b) for b in core["birth"].tolist()}
-    assert all(tuple(b) in old or b[0] == 3 for b in now["birth"].tolist()), "a newcomer is born in training 3, not again in 0"
+    assert all(tuple(b) in old or b[0] == 4 for b in now["birth"].tolist()), "a newcomer is born in training 4, not again in 0"
     assert f"core {C}" in capsys.readouterr().out
 
 def test_warns_where_the_core_takes_more_than_half_of_k(lm, tmp_path, capsys):
