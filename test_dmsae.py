@@ -615,7 +615,7 @@ def run_process(lm, out, *extra, **changes):
     return subprocess.Popen([sys.executable, HERE / "dmsae.py", *command(lm, out, **changes), *extra], stderr=subprocess.PIPE,
                             stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=300):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end and process.poll() is None, process.communicate()
