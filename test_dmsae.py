@@ -314,6 +314,17 @@ def test_inference_l0_is_the_trained_l0():
     fit(sae, batch, k=3, steps=300)
     assert (sae.encode(batch(10_000, 4096)) > 0).sum(1).float().mean() == pytest.approx(3, rel=0.05)
 
+def test_threshold_follows_the_last_tenth_of_the_steps():
+    """A cut that doubles half-way must be forgotten by the end; latents outside BatchTopK must not be touched."""
+    sae = random_sae(n_core=5, n_exempt=5)
+    gates = sae.threshold[:5].clone()
+    for step in range(100):
+        sae.update_threshold(torch.tensor(1.0 if step < 50 else 2.0, dtype=torch.float64), step)
+    assert (sae.threshold[5:] - 2).abs().max() < 0.01 and torch.equal(sae.threshold[:5], gates)
+    for step in range(5000, 5100):  # a long run: the last 100 steps weigh 1 - 0.99^100 = 0.634
+        sae.update_threshold(torch.tensor(3.0, dtype=torch.float64), step)
+    assert sae.threshold[-1] == pytest.approx(2 + 0.634, abs=0.01)
+
 def test_dead_latents_come_back():
     """Latents that lose every BatchTopK must win some after training with the dead-latent loss, and fewer without."""
     _, batch = planted()
@@ -330,7 +341,6 @@ def test_dead_latents_come_back():
             loss_and_grad(sae, trained, batch(step), 3, dead=dead)
             apply_gradients(trained, adam, 3e-3)
         wins.append(count())
-    print(wins)
     assert wins[0] == wins[2] < wins[1] and wins[3] < wins[1]
 
 # ---- The language model ------------------------------------------------------------------------------------------------
@@ -588,6 +598,7 @@ def test_frozen_rows_are_bitwise_unchanged_and_everything_is_on_disk(story):
         kept = int((now["index"] < C).sum())
         assert (r["core"], r["kept"], r["new"], r["dropped"]) == (len(now["index"]), kept, len(now["index"]) - kept, C - kept)
         assert sum(r["origins"].values()) == r["core"] and len(r["fvu"]) == 5 and r["tokens"] == 12_800
+        assert 0 <= r["dead"] < 0.5, "most latents fire in ten steps"
     assert [r["cycle"] for r in rows if "core" in r] == [0, 1, 2, 3] and not (story / "checkpoint.safetensors").exists()
 
 def test_saved_folder_is_a_jumprelu_sae(story):
@@ -662,6 +673,14 @@ def test_another_configuration_in_the_same_folder_is_refused(lm, story, capsys):
     assert path.exists(), "what a longer run has begun is not lost"
     path.unlink()
     assert dmsae.main(command(lm, story, cycles=3, core_sparsity="gated")) == 0
+
+def test_rows_that_will_be_written_again_are_dropped_from_the_log(tmp_path):
+    """Up to the checkpoint's step every row must stay, finished cycles whole; nothing later."""
+    rows = [dict(cycle=0, step=10), dict(cycle=0, core=3), dict(cycle=1, step=10), dict(cycle=1, step=20), dict(cycle=1, core=4)]
+    for row in rows:
+        dmsae.log(tmp_path, row, "")
+    dmsae.trim_log(tmp_path, 1, 10)
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == rows[:3]
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text"])
 def test_a_damaged_checkpoint_is_refused(lm, tmp_path, capsys, damage):
