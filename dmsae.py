@@ -158,7 +158,7 @@ def documents(cfg):
             need(isinstance(doc, str), f"--text-column {cfg.text_column}: holds no text; the columns are {', '.join(row)}")
             yield from doc.split(cfg.separator) if cfg.separator else [doc]
     except Exception as e:  # datasets, fsspec and pyarrow raise a dozen unrelated types for a source that they cannot read
-        raise e if isinstance(e, BadInput) else BadInput(f"{cfg.text or cfg.dataset}: cannot be read as text ({type(e).__name__}: {e})")
+        raise e if isinstance(e, BadInput) else BadInput(f"{cfg.text or cfg.dataset}: is no readable text ({type(e).__name__}: {e})")
 
 def tokenize(docs, tokenizer, bos, limit, path):
     """Write `doc BOS doc BOS ...` to `path` as flat int32 ids, at most `limit`. Returns how many. why on disk: every
@@ -475,7 +475,7 @@ def apply_gradients(trained, adam, lr):
     W_dec = trained[2]
     # why: along a unit row the gradient only works against the normalisation, and fills Adam's moments with that
     W_dec.grad.addcmul_(W_dec, torch.einsum("fd,fd->f", W_dec.grad, W_dec)[:, None], value=-1)
-    norm = nn.utils.clip_grad_norm_(trained, 1.0)
+    norm = nn.utils.clip_grad_norm_(trained, 1.0)  # the clip of the SAEBench suite's trainings
     adam.param_groups[0]["lr"] = lr
     adam.step()
     adam.zero_grad()
@@ -485,7 +485,7 @@ def apply_gradients(trained, adam, lr):
 # ---- Training one SAE --------------------------------------------------------------------------------------------------
 def batches(model, cfg, text, scale, cycle, block=0, start=0):
     """Endless shuffled batches (B, D), float32, scaled; each with the position from which the next one follows.
-    A block (about 64 batches) is harvested at once and shuffled whole: its number, the cycle and the seed fix it."""
+    A block (about 64 batches, our choice) is harvested at once and shuffled whole: its number, the cycle and the seed fix it."""
     n = -(-64 * cfg.batch // (cfg.ctx - 1))
     while True:
         acts = harvest(model, cfg.layer, text, text.block(block, n, cfg.seed))  # (about 64 B, D)
@@ -512,7 +512,7 @@ def new_sae(cfg, core, x, scale, cycle):
     return sae
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over 1000 steps (a tenth of a short run), then constant, then linear to 0 in the last fifth."""
+    """Linear warm-up over 1000 steps (a short run: a tenth), constant, linear to 0 in the last fifth: the SAEBench suite's."""
     return peak * min(1, (step + 1) / min(1000, max(1, steps // 10)), (steps - step) / (0.2 * steps))
 
 def train_sae(cfg, model, text, scale, core, cycle, out):
@@ -565,8 +565,8 @@ def train_sae(cfg, model, text, scale, core, cycle, out):
                 loss, error, variance, l0, core_l0, _ = (sums / (step + 1 - row_step)).tolist()
                 row = dict(cycle=cycle, step=step + 1, tokens=(step + 1) * cfg.batch, loss=loss, fvu=error / variance, l0=l0,
                            core_l0=core_l0, dead=len(dead) / cfg.d_sae, seconds=time.time() - clock)
-                log(out, row, f"{row['step']:7d} {row['tokens'] / 1e6:8.2f}M {loss:8.4f} {row['fvu']:7.4f} {l0:7.1f} {f'({core_l0:.1f})':>7s}"
-                    f" {row['dead']:6.1%} {row['tokens'] / row['seconds'] / 1e3:8.1f}")
+                log(out, row, f"{row['step']:7d} {row['tokens'] / 1e6:8.2f}M {loss:8.4f} {row['fvu']:7.4f} {l0:7.1f} "
+                    f"{f'({core_l0:.1f})':>7s} {row['dead']:6.1%} {row['tokens'] / row['seconds'] / 1e3:8.1f}")
                 sums.zero_()
                 row_step = step + 1
             if save_due:
@@ -820,8 +820,8 @@ def one_cycle(cfg, model, text, measured, core, training, cycle, out):
     part.replace(out / f"cycle{cycle}")
     (out / "checkpoint.safetensors").unlink()
     if held["core_l0"] > cfg.k / 2:
-        print(f"  warning: the core alone has L0 {held['core_l0']:.1f}, more than half of k = {cfg.k}; total L0 is {held['l0']:.1f}. "
-              "See --core-sparsity", flush=True)
+        print(f"  warning: the core alone has L0 {held['core_l0']:.1f}, more than half of k = {cfg.k}; "
+              f"total L0 is {held['l0']:.1f}. See --core-sparsity", flush=True)
     return new, row
 
 def run(cfg):
@@ -840,7 +840,7 @@ def run(cfg):
     cfg.widths(len(core))
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     wanted = (6 + cfg.cycles + 1) * 8 * cfg.d_sae * lm.hidden_size + 4 * cfg.tokens  # checkpoint, old and new; SAEs; token ids
-    need(measured or free >= wanted, f"--out {out}: has {free / 1e9:.3g} GB free of the {wanted / 1e9:.3g} GB that this run writes; "
+    need(measured or free >= wanted, f"--out {out}: has {free / 1e9:.3g} GB free of the {wanted / 1e9:.3g} GB that it writes; "
          "give another disk, or a smaller --d-sae or --tokens")
     cuda = cfg.device.startswith("cuda")
     machine = torch.cuda.get_device_name(cfg.device) if cuda else f"{cfg.device}, {torch.get_num_threads()} threads"
@@ -855,13 +855,13 @@ def run(cfg):
     save_config = lambda: write_text(json.dumps({**asdict(cfg), "measured": measured}, indent=1), out / "config.json")
     text = open_text(cfg, AutoTokenizer.from_pretrained(cfg.model), out, save_config)
     n_train = len(text.rows) - text.n_eval - text.n_attribution
-    print(f"  text: {text.rows.size:,} tokens, of which {1 - n_train / len(text.rows):.1%} held out; each training reads the others "
-          f"{cfg.tokens / n_train / (cfg.ctx - 1):.1f} times", flush=True)
+    print(f"  text: {text.rows.size:,} tokens, of which {1 - n_train / len(text.rows):.1%} held out; each training "
+          f"reads the others {cfg.tokens / n_train / (cfg.ctx - 1):.1f} times", flush=True)
     model = load_model(cfg)
     if not measured:
         where = model, cfg.layer, text, text.contexts(slice(text.n_eval))
         x = harvest(model, cfg.layer, text, text.block(0, -(-65536 // cfg.ctx), cfg.seed)).float()
-        measured = dict(scale=math.sqrt(x.shape[1] / x.pow(2).sum(1).mean().item()),  # makes mean ||x||^2 = D
+        measured = dict(scale=math.sqrt(x.shape[1] / x.pow(2).sum(1).mean().item()),  # mean ||x||^2 = D, on 65,536 tokens (ours)
                         ce_original=mean_loss(*where, lambda h, keep: h),
                         ce_zero=mean_loss(*where, lambda h, keep: torch.zeros_like(h)))
     save_config()
@@ -876,8 +876,8 @@ def run(cfg):
         table.append(row)
     print("cycle   core   kept    new dropped      l0    (core)  ce recovered    dead   minutes   fvu by prefix")
     for r in table:
-        print("{cycle:5d} {core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:9.1f} {ce_recovered:13.4f} {dead:7.1%}".format(**r),
-              f"{r['seconds'] / 60:9.1f}  ", *(f"{f:.4f}" for f in r["fvu"]))
+        print("{cycle:5d} {core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:9.1f}".format(**r),
+              f"{r['ce_recovered']:13.4f} {r['dead']:7.1%} {r['seconds'] / 60:9.1f}  ", *(f"{f:.4f}" for f in r["fvu"]))
     counts = [f"{int((core.votes >= v).sum())} by {v} or more" for v in range(1, int(core.votes.max()) + 1)]
     peak = f", peak GPU memory {torch.cuda.max_memory_allocated(cfg.device) / 2**30:.1f} GiB" if cuda else ""
     print(f"distilled core: latents by how many trainings selected them: {', '.join(counts)}\n"
