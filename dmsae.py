@@ -45,10 +45,10 @@ from tqdm import tqdm
 class BadInput(ValueError):
     """Something the user can mend. main() prints its one line and exits with 2."""
 
-def need(ok, message):
-    """Raise BadInput unless ok."""
+def need(ok, message, error=BadInput):
+    """Raise BadInput, or another error, unless ok."""
     if not ok:
-        raise BadInput(message)
+        raise error(message)
 
 def opt(default, help, choices=None, **words):
     """A dataclass field that carries the words for argparse."""
@@ -238,7 +238,9 @@ def model_config(cfg):
 
 def load_model(cfg):
     """The frozen language model, bfloat16 on CUDA, else float32."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, utils
+    if not sys.stderr.isatty():
+        utils.logging.disable_progress_bar()
     # why: SDPA would silently drop Gemma-2's attention soft-capping
     eager = {"attn_implementation": "eager"} if getattr(model_config(cfg), "attn_logit_softcapping", None) else {}
     dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
@@ -403,11 +405,11 @@ class MatryoshkaSAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x):
-        """The G nested reconstructions at inference (B, G, D), and the latents that were on (n,). x (B, D)"""
+        """The G nested reconstructions at inference (B, G, D); which latents were on, and how much: (n,), (n,). x (B, D)"""
         pre = self.pre(x)
         row, col = (pre > self.threshold).nonzero(as_tuple=True)
         parts = segment_sum(self.W_dec, col, pre[row, col], self.segment(row, col), len(x) * len(self.widths))
-        return self.nest(parts), col
+        return self.nest(parts), col, pre[row, col]
 
     @torch.no_grad()
     def survivors(self, x, k, floor=1, guess=0.0):
@@ -586,7 +588,7 @@ def evaluate(model, layer, text, ids, sae, ce_original, ce_zero):
     sums = []
     def edit(h, keep):
         x = h[keep].float()  # (B, D)
-        x_hats, col = sae.reconstruct(x)  # (B, G, D), (n,)
+        x_hats, col, _ = sae.reconstruct(x)  # (B, G, D), (n,)
         error = (x[:, None] - x_hats).pow(2).sum((0, 2))  # (G,)
         counts = len(x), len(col), (col < sae.n_core).sum().item(), x.pow(2).sum().item()
         sums.append(torch.tensor([*counts, *error.tolist(), *x.sum(0).tolist()], dtype=torch.float64))
@@ -693,11 +695,11 @@ def load_tensors(path, mend):
     except Exception as e:  # safetensors raises its own types, and a foreign header can hold anything
         raise BadInput(f"{path}: is damaged or not from dmsae.py ({e}); {mend}") from None
 
-def load_core(path, d_model):
-    """A Core from core.safetensors, and the number of the training that selected it. BadInput on another width."""
+def load_core(path, d_model=None):
+    """A Core from core.safetensors, and the number of the training that selected it. BadInput on another width (None: any)."""
     tensors, meta = load_tensors(Path(path), "give a core.safetensors that dmsae.py wrote")
     need("birth" in tensors, f"--core {path}: holds no core; give a core.safetensors")
-    need(tensors["W_enc"].shape[1] == d_model, f"--core {path}: has rows of width {tensors['W_enc'].shape[1]}, but the model's "
+    need(d_model in (None, tensors["W_enc"].shape[1]), f"--core {path}: has rows of width {tensors['W_enc'].shape[1]}, but the model's "
          f"activations have {d_model}; use the model that it came from ({meta['model']} layer {meta['layer']})")
     return Core(**tensors), meta["training"]
 
@@ -827,9 +829,7 @@ def one_cycle(cfg, model, text, measured, core, training, cycle, out):
 def run(cfg):
     """A whole run, from wherever OUT has it."""
     check(cfg)
-    from transformers import AutoTokenizer, utils
-    if not sys.stderr.isatty():
-        utils.logging.disable_progress_bar()
+    from transformers import AutoTokenizer
     out = Path(cfg.out)
     measured, lm = open_run(cfg, out), model_config(cfg)
     need(cfg.layer < lm.num_hidden_layers, f"--layer {cfg.layer}: {cfg.model} has layers 0 to {lm.num_hidden_layers - 1}, for "
@@ -883,17 +883,17 @@ def run(cfg):
     print(f"distilled core: latents by how many trainings selected them: {', '.join(counts)}\n"
           f"done in {(time.time() - clock) / 60:.1f} minutes{peak}; SAEs and cores are in {out}/cycle*")
 
-def main(argv=None):
-    """The command line. Returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+def main(argv=None, name="dmsae", work=lambda argv: run(parse(argv))):
+    """The command line (eval.py's too). Returns the exit code: 0 done, 2 bad input, 130 interrupted."""
     warnings.filterwarnings("ignore", message="Sparse CSR")  # torch calls them beta
     try:
-        run(parse(argv))
+        work(argv)
         return 0
     except (BadInput, OSError) as e:  # OSError: a folder that cannot be written, a full disk
-        print("dmsae: " + " ".join(str(e).split())[:1000], file=sys.stderr)  # one line, also where libraries say several
+        print(f"{name}: " + " ".join(str(e).split())[:1000], file=sys.stderr)  # one line, also where libraries say several
         return 2
     except KeyboardInterrupt:
-        print("\ndmsae: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\n{name}: interrupted; a training goes on from its last checkpoint with the same command", file=sys.stderr)
         return 130
 
 if __name__ == "__main__":

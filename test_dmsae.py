@@ -263,7 +263,7 @@ def test_one_prefix_is_a_plain_sae():
 def test_nested_reconstructions_are_those_of_the_truncated_saes():
     """Prefix j must reconstruct exactly what its first latents alone give, and the last what the whole SAE gives."""
     sae, x = random_sae(n_core=5, n_exempt=5), torch.randn(16, 8, dtype=torch.float64)
-    x_hats, col = sae.reconstruct(x)
+    x_hats, col, _ = sae.reconstruct(x)
     for j, w in enumerate(sae.widths):
         assert torch.allclose(x_hats[:, j], sae.decode(sae.encode(x, w)))
     assert torch.allclose(x_hats[:, -1], sae(x)) and len(col) == int((sae.encode(x) > 0).sum())
