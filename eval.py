@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-
 from dmsae import (BadInput, Config, check, generator, load_core, load_model, load_sae, main, model_config, need, open_text,
                    progress, residual_stream, spliced, write_text)
 
@@ -30,8 +29,8 @@ class CannotRun(Exception): """Why a metric has no value here."""
 
 def mean_of(rows, keys, std=False):
     """Means of keys over rows (dicts); std: also their sample standard deviation, which a single row has not."""
-    means = {key: np.mean([r[key] for r in rows]) for key in keys}
-    return means | {f"{key}_std": np.std([r[key] for r in rows], ddof=1) if len(rows) > 1 else None for key in keys if std}
+    kinds = {"": np.mean} | ({"_std": lambda v: np.std(v, ddof=1) if len(v) > 1 else None} if std else {})
+    return {key + end: kind([r[key] for r in rows]) for key in keys for end, kind in kinds.items()}
 
 @torch.enable_grad()
 def descend(optimiser, batches, loss):
@@ -83,8 +82,7 @@ def train_probes(x, train, test, seed=0):
     return kept[:, :-1], kept[:, -1]
 
 def accuracy(x, test, W, b, change=0):
-    """Test accuracy of P probes, each on its own test set: (P,). x (n, D); test (P, 2, m): indices, positives first; W (P, D), b (P,);
-    change (P, 2, m) is added to the logits."""
+    """Test accuracy (P,) of P probes W (P, D), b (P,), each on its own rows test (P, 2, m) of x (n, D), positives first; change adds to logits."""
     logits = torch.einsum("pymd,pd->pym", x[test], W) + b[:, None, None] + change
     return ((logits > 0) == torch.tensor([[True], [False]], device=x.device)).float().mean((1, 2))
 
@@ -102,10 +100,9 @@ def next_token_sums(logits, reference, ids, keep):
 
 @torch.no_grad()
 def core_metrics(model, layer, text, ids, sae):
-    """Every scalar of SAEBench's core evaluation on contexts ids (R, ctx), and under "prefixes" most for the core alone (without a
-    core: b_dec) and each prefix. Kept tokens only: BOS, EOS, PAD keep their residual; the ablation zeroes all positions.
-    explained_variance is about the mean; _legacy averages per-token ratios to each batch's mean (the papers'); _0_6_0 is about
-    zero (SAEBench 0.6.0). mse is per element; mse_saebench is SAEBench's, divided once more by the tokens of its batch."""
+    """Every scalar of SAEBench's core evaluation on contexts ids (R, ctx), and under "prefixes" most of them for the core alone (without one:
+    b_dec) and each prefix. explained_variance is about the mean; _legacy averages per-token ratios (the papers'); _0_6_0 is about zero
+    (SAEBench 0.6.0); mse is per element, mse_saebench SAEBench's. BOS, EOS, PAD keep their residual; the ablation zeroes all positions."""
     s, (d_sae, D), widths = {}, sae.W_enc.shape, [sae.n_core, *sae.widths]
     edges, G, square = torch.tensor(widths, device=model.device), len(widths), lambda t: t.pow(2).sum(-1)
     def add(**terms):
@@ -156,16 +153,15 @@ def residuals_at(model, layer, prompts, at, fill):
     return torch.cat(x)
 
 def letter_task(model, layer, tokenizer, bos, budget=10**6, seed=0):
-    """Residuals at the word in "\\n" + 10 lines "{example} has the first letter: X" + "{word} has the first letter:", built from ids: a word is
-    one token. 80 % of words to train, 20 % to test, those again in fresh prompts; letters; the probe: x_train (n, D), y_train (n,),
-    x_test (m, D), y_test (m,), x_fresh (m, D), W (26, D), b (26,). CannotRun."""
+    """x_train (n, D), y_train (n,), x_test (m, D), y_test (m,), x_fresh (m, D), probe W (26, D), b (26,): residuals at the word in "\\n" + 10
+    lines "{example} has the first letter: X" + "{word} has the first letter:", the test words in two prompts each; letters. CannotRun."""
     rng, tokens = np.random.default_rng(seed), enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
     letter = {i: ord(t.lstrip(" ▁Ġ")[0].upper()) - 65 for i, t in tokens if t and re.fullmatch("[ ▁Ġ]?[a-zA-Z]+", t)}
     need(len(letter) >= 100, f"the vocabulary has {len(letter)} words of letters only; 100 are needed", CannotRun)
     words = rng.permutation(list(letter))[:max(100, budget // 120)]  # a prompt has about 100 tokens, a fifth are read twice
-    train, test = np.split(words, [int(0.8 * len(words))])
-    encode = lambda s: tokenizer(s, add_special_tokens=False)["input_ids"]
-    newline, tail, *answer = (encode("a" + s)[len(encode("a")):] for s in ("\n", " has the first letter:", *(f" {chr(65 + c)}" for c in range(26))))
+    train, test = words[:int(0.8 * len(words))], words[int(0.8 * len(words)):]
+    after = lambda s: tokenizer("a" + s, add_special_tokens=False)["input_ids"][len(tokenizer("a", add_special_tokens=False)["input_ids"]):]
+    newline, tail, *answer = map(after, ("\n", " has the first letter:", *(f" {chr(65 + c)}" for c in range(26))))
     def read(words, pool):
         prompts = []
         for word in words.tolist():
@@ -227,7 +223,7 @@ def labelled(source, columns=("text", "label", "spurious"), only=None, budget=10
     """(texts, labels, spurious labels or None), n each, from a .csv or .jsonl file (or BadInput) or the first 20,000 rows of a hub dataset
     (or CannotRun); only: labels to take. At most 2500 a class (SAEBench: 2000 + 500), about `budget` in all, no class below 10."""
     from datasets import load_dataset
-    (text, label, spurious), kind = (*columns, "")[:3], {".csv": "csv", ".jsonl": "json"}.get(Path(source).suffix)
+    (text, label, spurious), kind = (*columns, "", "")[:3], {".csv": "csv", ".jsonl": "json"}.get(Path(source).suffix)
     try:
         rows = load_dataset(kind or source, data_files=source if kind else None, split="train", streaming=True)
         rows = list(islice((r for r in rows if only is None or r[label] in only), None if kind else 20_000))
@@ -385,7 +381,7 @@ def ravel(model, layer, tokenizer, text, sae, facts, budget=10**6, seed=0):
 # ---- Core stability: the paper's own question --------------------------------------------------------------------------
 def cycles(run):
     """The SAE folders of a run folder, in order: a list, empty where it is none."""
-    return sorted((c.parent for c in Path(run).glob("cycle*/cfg.json") if not c.parent.suffix), key=lambda c: int(c.name[5:]))
+    return sorted((c.parent for c in Path(run).glob("cycle*/cfg.json") if c.parent.name[5:].isdigit()), key=lambda c: int(c.name[5:]))
 
 def stability(run):
     """For each training of a run folder its row of dmsae.py's table, votes, and overlap with the core before: exact, as rows are frozen."""
@@ -419,7 +415,7 @@ def agreement(run_a, run_b, seed=0):
 
 # ---- The table and the page --------------------------------------------------------------------------------------------
 def table(report):
-    """The report as text: a column for each SAE; below it what cannot be had, and why; and the stability of runs."""
+    """Rows of cells, a column for each SAE; and lines to stand below: what cannot be had, and why; the stability of runs."""
     show = lambda v: "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}" if isinstance(v, float) else v
     rows, notes = [["", *("/".join(Path(s["folder"]).parts[-2:]) for s in report["saes"])]], []
     note = lambda v: v if len(v) < 20 else notes.append(v) or f"[{len(notes)}]" if v not in notes else f"[{notes.index(v) + 1}]"
@@ -428,16 +424,14 @@ def table(report):
             f"{p['prefix']}: {k}": show(p[k]) for p in r.get("prefixes", ()) for k in ("width", "l0", "fvu", "ce_loss_score")}
                  for r in (s["metrics"].get(metric, {}) for s in report["saes"])]
         rows += [[f"-- {metric}"], *([k, *(c.get(k, "-") for c in cells)] for k in dict.fromkeys(k for c in cells for k in c))]
-    width = [max(len(r[i]) for r in rows if i < len(r)) for i in range(len(rows[0]))]
-    lines = ["  ".join([r[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(r[1:], width[1:]))]).rstrip() for r in rows]
-    lines += [f"[{i}] {words}" for i, words in enumerate(notes, 1)]
+    lines = [f"[{i}] {words}" for i, words in enumerate(notes, 1)]
     for run, trainings in report["stability"].items():
         lines += [f"-- stability of {run}", *(f"core after training {r['cycle']}: {r['core']} latents, {r['kept']} kept, {r['new']} new, "
                   f"{r['dropped']} dropped; Jaccard {r['jaccard']:.2f}; by birth {r['origins']}; by votes {r['votes']}" for r in trainings)]
     for pair, sets in report["agreement"].items():
         lines += [f"-- one-to-one partners, {pair}", *(f"{name}, {s['n'][0]} and {s['n'][1]}: " + "; ".join(
             f"{of} {s[of]['above_0.7']} above 0.7, {s[of]['above_0.9']} above 0.9" for of in ("encoder", "decoder")) for name, s in sets.items())]
-    return "\n".join(lines)
+    return rows, lines
 
 @torch.no_grad()
 def core_cards(model, layer, tokenizer, text, ids, sae, core, most=200, n=4, window=10):
@@ -453,19 +447,17 @@ def core_cards(model, layer, tokenizer, text, ids, sae, core, most=200, n=4, win
     norm = next((m for name, m in model.base_model.named_children() if "norm" in name or name == "ln_f"), torch.nn.Identity())
     for i, latent in enumerate(index.tolist()):
         (peak, where), raised = acts[..., i].max(1), words((W_U @ norm(sae.W_dec[latent].to(W_U))).topk(8).indices)  # (R,), (R,)
-        cards.append(f"<article><h3>{i + 1}. latent {latent}</h3><small>on {core.density[i]:.2%} of tokens; {core.score[i] / core.score.sum():.2%} of attribution; "
-                     f"{core.votes[i]} votes; born in training {core.birth[i, 0]}</small><p>raises " + "".join(f"<kbd>{t}</kbd>" for t in raised))
+        cards.append(f"<hr><article><h3>{i + 1}. latent {latent}</h3><small>on {core.density[i]:.2%} of tokens; {core.score[i] / core.score.sum():.2%} of attribution; "
+                     f"votes {core.votes[i]}; born in training {core.birth[i, 0]}</small><p>raises " + "".join(f"<kbd>{t}</kbd>" for t in raised))
         for r in (r for r in peak.topk(min(n, len(peak))).indices if peak[r] > 0):
             s = slice(max(0, where[r] - window), where[r] + window + 1)
             cards.append("<p>" + "".join(f'<span style="background:rgba(238,102,119,{v:.2f})">{t}</span>' for t, v in zip(words(ids[r, s]), acts[r, s, i] / peak.max())))
     return "".join(cards)
 
 COLOURS = "#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377 #bbbbbb #000000".split() * 99  # Paul Tol's bright scheme
-HEAD = """<meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>dmsae</title><style>figure{margin:0;flex:1 1 18em;
-max-width:30em}body{font:16px/1.5 system-ui,sans-serif;margin:auto;max-width:70em;padding:1em;color:#222}h1{font-size:1.3em}h2{font-size:1.1em}svg{width:100%}
-pre{overflow-x:auto;font-size:.8em}.charts{display:flex;flex-wrap:wrap;gap:1em}small,figcaption{color:#666}.bar{display:flex;height:1.3em;margin:.2em 0}kbd{
-background:#eee;padding:0 .2em;margin-right:.4em}article p{font:.85em monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:.4em 0}h3{margin:0;
-font-size:1em}article{border-top:1px solid #ccc;padding:.6em 0}i{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 .8em}</style>"""
+HEAD = """<meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>dmsae</title><style>td{padding:0 .5em}td+td{text-align:right}
+body{font:16px/1.5 system-ui,sans-serif;margin:auto;max-width:60em;padding:1em;overflow-wrap:anywhere}figure{margin:0;flex:1 1 18em;max-width:30em}svg{width:100%}
+.charts,.bar{display:flex}.charts{flex-wrap:wrap;gap:1em}article p{font:.85em monospace;white-space:pre-wrap}kbd{background:#eee;margin:.4em}i{padding:0 .4em}</style>"""
 
 def chart(title, series, bars=False):
     """Named series over trainings 0, 1, ... as HTML: lines in an inline SVG, or a stacked bar for each training."""
@@ -478,12 +470,14 @@ def chart(title, series, bars=False):
     marks += [f'<path fill="none" stroke="{c}" stroke-width="3" stroke-linecap="round" d="{line(s)}"/>' for s, c in zip(series.values(), COLOURS)]
     body = ("".join(f"<div class=bar>{t}&ensp;{bar(row)}&ensp;{sum(row)}</div>" for t, row in enumerate(rows)) if bars else
             f'<svg viewBox="0 0 320 175" font-size="11" fill="#444">{"".join(marks)}</svg>')
-    legend = "".join(f'<i style="background:{c}"></i>{html.escape(name)}' for name, c in zip(series, COLOURS))
+    legend = "".join(f' <i style="background:{c}"></i> {html.escape(name)}' for name, c in zip(series, COLOURS))
     return f"<figure><b>{html.escape(title)}</b>{body}<figcaption>by training: {legend}</figcaption></figure>"
 
 def page(report, cards):
     """The report as one HTML page that needs nothing else: no script, no network. cards: {title: core_cards(...)}"""
-    e, out = html.escape, [f"<h1>{html.escape(report['model'])}, layer {report['layer']}</h1><pre>{html.escape(table(report))}</pre>"]
+    e, (rows, lines) = html.escape, table(report)
+    out = [f"<h1>{e(report['model'])}, layer {report['layer']}</h1><p>{e(report['text'])}<table>", *("<tr>" + "".join(f"<td>{e(c)}" for c in r) for r in rows),
+           "</table>", *(f"<p>{e(line)}" for line in lines)]
     for run, trainings in report["stability"].items():
         sizes, fvu, ce, origins = ([r[key] for r in trainings] for key in ("core", "fvu", "ce_recovered", "origins"))
         born = {f"born in {b}": [o.get(b, 0) for o in origins] for b in sorted({b for o in origins for b in o}, key=int)}
@@ -515,7 +509,7 @@ def parse(argv=None):
     args = p.parse_args(argv)
     for name in "tokens", "seeds", "min_letters":
         need(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or above, for example {p.get_default(name)}")
-    need(2 <= len(args.columns) <= 3, f"--columns {' '.join(args.columns)}: takes two or three names, for example text label")
+    need(not args.out or args.out.suffix == ".json" and args.out.parent.is_dir(), f"--out {args.out}: must be a .json file in a folder that exists")
     return args
 
 def config_of(folder, given):
@@ -542,7 +536,7 @@ def read_facts(path):
                        '"templates": {"country": ["{entity} is in"]}}, with {entity} once in a template') from None
 
 def run(args):
-    """Evaluate folders, print the table, write the JSON (after each SAE) and the page."""
+    """Evaluate folders, print the table, write the JSON (after each metric) and the page."""
     given, facts = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}, args.ravel and read_facts(args.ravel)
     folders = [f for folder in args.folders for f in dict.fromkeys([*cycles(folder)[:1], *cycles(folder)[-1:]] or [folder])]
     configs, home = [config_of(f, given) for f in folders], folders[0].parent
@@ -554,35 +548,38 @@ def run(args):
     for folder, sae, c in zip(folders, saes, configs):
         need(c.model == cfg.model and sae.W_enc.shape[1] == lm.hidden_size and c.layer < lm.num_hidden_layers, f"{folder}: is of {c.model}, layer "
              f"{c.layer}, width {sae.W_enc.shape[1]}; {cfg.model} has {lm.num_hidden_layers} layers, width {lm.hidden_size}; evaluate it apart, or give --model")
-    files = {path: (args.columns, None) for path in args.labelled}
-    texts = cache(lambda name: labelled(name, *(files or HUB)[name], args.tokens // 128, args.seed))
-    list(map(texts, files))  # bad ones are refused now
+    sources, texts = {path: (args.columns, None) for path in args.labelled} or HUB, {}
+    for name in sources if {"probing", "tpp", "scr"} & set(args.only) else ():
+        try:
+            texts[name] = labelled(name, *sources[name], args.tokens // 128, args.seed)
+        except CannotRun as why:
+            texts[name] = why
     runs = list(dict.fromkeys(f.parent for f in folders if (f.parent / "config.json").exists() and "stability" in args.only))
-    path = args.out or args.folders[0] / "eval.json"
-    path = next(p for p in (path, *(path.with_stem(f"{path.stem}-{i}") for i in range(2, 10**6))) if not p.exists())
+    out = args.out or args.folders[0] / "eval.json"
+    path = next(p for p in (out, *(out.with_stem(f"{out.stem}-{i}") for i in range(2, 10**6))) if not p.exists())
     from transformers import AutoTokenizer
     tokenizer, model = AutoTokenizer.from_pretrained(cfg.model), load_model(cfg)
     with tempfile.TemporaryDirectory() as tmp:
         text = open_text(cfg, tokenizer, home if own else Path(tmp), lambda: None)
         ids = text.contexts(slice(min(text.n_eval if own else len(text.rows), max(1, args.tokens // cfg.ctx))))
-    report = dict(
-        model=cfg.model, layer=cfg.layer, text=f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}", seed=args.seed,
-        arguments={k: str(v) for k, v in vars(args).items()}, stability={str(r): stability(r) for r in runs},
-        agreement={f"{a} and {b}": agreement(a, b, args.seed) for a, b in combinations(runs, 2)},
-        saes=[dict(folder=str(f), layer=c.layer, metrics={}) for f, c in zip(folders, configs)])
+    report = dict(model=cfg.model, layer=cfg.layer, seed=args.seed, text=f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}",
+                  arguments={k: str(v) for k, v in vars(args).items()}, stability={str(r): stability(r) for r in runs},
+                  agreement={f"{a} and {b}": agreement(a, b, args.seed) for a, b in combinations(runs, 2)},
+                  saes=[dict(folder=str(f), layer=c.layer, metrics={}) for f, c in zip(folders, configs)])
     cards, seeds = {}, range(args.seed, args.seed + args.seeds)
     spelling = cache(lambda layer: letter_task(model, layer, tokenizer, text.bos, args.tokens, args.seed))
     for folder, entry, sae, c in zip(folders, report["saes"], saes, configs):
-        where, pool = (model, c.layer), cache(lambda name: pooled(model, c.layer, tokenizer, text, sae, texts(name)[0]))
-        row, keys = report["stability"].get(str(folder.parent)), ("core", "kept", "new", "dropped", "jaccard", "identity_overlap")
+        where, pool = (model, c.layer), cache(lambda name: need(not isinstance(texts[name], CannotRun), texts[name], CannotRun)
+                                             or pooled(model, c.layer, tokenizer, text, sae, texts[name][0]))
+        row = dict(zip(cycles(folder.parent), report["stability"].get(str(folder.parent), ()))).get(folder)
         actions = dict(core=lambda: core_metrics(*where, text, ids, sae), stability=lambda: need(row, "the SAE is in no run folder of dmsae.py",
-                       CannotRun) or {key: row[int(folder.name[5:])][key] for key in keys},
+                       CannotRun) or {k: row[k] for k in ("core", "kept", "new", "dropped", "jaccard", "identity_overlap")},
                        absorption=lambda: absorption(spelling(c.layer), sae, min_letters=args.min_letters, seed=args.seed),
                        ravel=lambda: ravel(*where, tokenizer, text, sae, facts, args.tokens, args.seed))
-        for name in files or HUB:
-            actions |= {f"probing {name}": lambda name=name: sparse_probing(*pool(name), texts(name)[1], args.seed),
-                        f"tpp {name}": lambda name=name: tpp(*pool(name), texts(name)[1], sae.W_dec.detach(), seeds),
-                        f"scr {name}": lambda name=name: scr(*pool(name), *texts(name)[1:], sae.W_dec.detach(), seeds)}
+        for name in texts:
+            actions |= {f"probing {name}": lambda name=name: sparse_probing(*pool(name), texts[name][1], args.seed),
+                        f"tpp {name}": lambda name=name: tpp(*pool(name), texts[name][1], sae.W_dec.detach(), seeds),
+                        f"scr {name}": lambda name=name: scr(*pool(name), *texts[name][1:], sae.W_dec.detach(), seeds)}
         for metric, action in actions.items():
             if metric.split()[0] in args.only:
                 try:
@@ -594,7 +591,10 @@ def run(args):
             cards[f"core after {folder}"] = core_cards(*where, tokenizer, text, ids, sae, load_core(folder / "core.safetensors")[0])
     if args.html:
         write_text(page(report, cards), path.with_suffix(".html"))
-    print(table(report), f"written: {path}" + f" and {path.with_suffix('.html')}" * args.html, sep="\n")
+    rows, lines = table(report)
+    width = [max(len(r[i]) for r in rows if i < len(r)) for i in range(len(rows[0]))]
+    print(*("  ".join([r[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(r[1:], width[1:]))]).rstrip() for r in rows), *lines,
+          f"written: {path}" + f" and {path.with_suffix('.html')}" * args.html, sep="\n")
 
 if __name__ == "__main__":
     sys.exit(main(name="eval", work=lambda argv: run(parse(argv))))
