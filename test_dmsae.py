@@ -3,14 +3,17 @@
 `python test_dmsae.py` instead times one training step against dense autograd and against the encoder product alone."""
 import itertools
 import json
+import math
 import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dmsae
+import eval as ev
 from dmsae import (Config, Core, MatryoshkaSAE, Text, apply_gradients, attribute, batch_topk, evaluate, load_sae, loss_and_grad,
                    nested_loss, next_core, select_core)
 
@@ -809,6 +813,538 @@ def test_importing_has_no_side_effects():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     assert out.stdout.strip() == "[]" and not out.stderr
 
+# ---- eval.py: each metric on a planted case with a known answer, and against a naive reference ----------------------------
+def ready_sae(W_enc, W_dec, threshold=0.0, widths=None, n_core=0):
+    """An SAE with given rows and no biases."""
+    sae = MatryoshkaSAE(W_enc.shape[1], widths or [len(W_enc)], n_core)
+    with torch.no_grad():
+        sae.W_enc.copy_(W_enc)
+        sae.W_dec.copy_(W_dec)
+        sae.threshold.fill_(threshold)
+    return sae
+
+def both_signs(D):
+    """The identity as an SAE: latents for +e_i and -e_i."""
+    rows = torch.cat([torch.eye(D), -torch.eye(D)])
+    return ready_sae(rows, rows)
+
+class Sum(nn.Module):
+    """A language model of one layer: its output is the embedding, and its logits are the running sum of that times `readout`."""
+    def __init__(self, table, readout):
+        super().__init__()
+        self.embed, self.layers, self.readout = nn.Embedding.from_pretrained(table), nn.ModuleList([nn.Identity()]), readout
+        self.device, self.config = torch.device("cpu"), SimpleNamespace(
+            get_text_config=lambda: SimpleNamespace(num_hidden_layers=1, vocab_size=len(table)))
+
+    def forward(self, ids, use_cache=False):
+        return SimpleNamespace(logits=self.layers[0](self.embed(ids)).cumsum(1) @ self.readout)
+
+class Words:
+    """A tokenizer whose tokens are words between spaces, and newlines; token 0 is BOS, 1 unknown."""
+    def __init__(self, words):
+        self.words = ["<bos>", "<unk>", *words]
+        self.ids = {w: i for i, w in enumerate(self.words)}
+
+    def __len__(self):
+        return len(self.words)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.words[i] for i in ids]
+
+    def __call__(self, text, **_):
+        if isinstance(text, list):
+            return {"input_ids": [self(t)["input_ids"] for t in text]}
+        return {"input_ids": [self.ids.get(w, 1) for w in re.findall(r"\n|[^ \n]+", text)]}
+
+def held(model_folder):
+    """The tiny language model and ten contexts of random tokens, some of them special."""
+    from transformers import Gemma2ForCausalLM
+    model = Gemma2ForCausalLM.from_pretrained(model_folder, attn_implementation="eager").eval().requires_grad_(False)
+    ids = torch.randint(3, 300, (10, 16), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[3, 7], ids[5, 15] = 2, 2, 1
+    return model, Text(ids[:, 1:].numpy().astype(np.int32), 2, torch.tensor([0, 1, 2]), 1, 1), ids
+
+def test_core_of_the_identity_is_perfect(lm):
+    """An SAE that is the identity must recover everything, whatever the definition."""
+    model, text, ids = held(lm)
+    r = ev.core_metrics(model, 0, text, ids, both_signs(32))
+    for key in ("ce_loss_score", "kl_div_score", "explained_variance", "explained_variance_legacy", "explained_variance_0_6_0", "cossim",
+                "l2_ratio", "relative_reconstruction_bias", "frac_alive"):
+        assert abs(r[key] - 1) < 1e-4, key
+    assert abs(r["fvu"]) < 1e-6 and abs(r["l0"] - 32) < 1e-3 and abs(r["kl_div_with_sae"]) < 1e-5 and r["ce_loss_with_sae"] == pytest.approx(r["ce_loss_without_sae"])
+    assert r["tokens"] == int(text.keep(ids).sum()) and r["core_l0"] == 0 and r["non_core_l0"] == r["l0"]
+    assert r["prefixes"][0]["prefix"] == "core only" and r["prefixes"][0]["l0"] == 0 and r["prefixes"][1]["width"] == 64
+
+def test_core_of_the_silent_sae_is_its_bias(lm):
+    """An SAE that never fires must have L0 0, no latent alive, and the loss of zeros at kept positions; what is 0/0 has no number."""
+    model, text, ids = held(lm)
+    r = ev.core_metrics(model, 0, text, ids, ready_sae(torch.eye(32), torch.eye(32), math.inf))
+    with dmsae.spliced(model, 0, lambda h: h.masked_fill(text.keep(ids)[..., None], 0)):
+        logits = model(ids).logits
+    source = text.keep(ids)[:, :-1]
+    assert r["ce_loss_with_sae"] == pytest.approx(F.cross_entropy(logits[:, :-1][source], ids[:, 1:][source]).item(), rel=1e-5)
+    assert r["l0"] == r["l1"] == r["frac_alive"] == r["cossim"] == r["l2_ratio"] == r["freq_over_1_percent"] == 0 and r["fvu"] >= 1
+    assert r["relative_reconstruction_bias"] is None and r["normalized_freq_over_1_percent"] is None
+
+@pytest.mark.parametrize("n_core", [0, 7])
+def test_core_equals_a_naive_reference(lm, n_core, monkeypatch):
+    """Every figure, of the whole SAE and of each prefix, must equal loops over tokens written from SAEBench's definitions."""
+    model, text, ids = held(lm)
+    torch.manual_seed(1)
+    sae = ready_sae(torch.randn(50, 32), F.normalize(torch.randn(50, 32)), 0.5, [20, 50], n_core)
+    with torch.no_grad():
+        sae.W_enc[0] *= 0  # a dead latent, and one that is always on
+        sae.b_enc[1], sae.b_dec[:] = 1e3, torch.randn(32) / 9
+    monkeypatch.setattr(torch.Tensor, "split", lambda t, n, dim=0, split=torch.Tensor.split: split(t, 4 if t is ids else n, dim))  # 3 batches
+    r = ev.core_metrics(model, 0, text, ids, sae)
+    keep, logits = text.keep(ids), {}
+    x = dmsae.residual_stream(model, 0, ids)
+    for w in (None, "zero", n_core, 20, 50):
+        f = sae.encode(x.flatten(0, 1), w if isinstance(w, int) else 50).detach()
+        y = sae.decode(f).view_as(x).detach()
+        edit = {None: lambda h: h, "zero": torch.zeros_like}.get(w, lambda h: torch.where(keep[..., None], y, h))
+        with dmsae.spliced(model, 0, edit):
+            logits[w] = model(ids).logits.double().log_softmax(-1)
+    def ce(w):
+        return np.mean([-logits[w][i, t, ids[i, t + 1]].item() for i in range(10) for t in range(15) if keep[i, t]])
+    def kl(w):
+        return np.mean([F.kl_div(logits[w][i, t], logits[None][i, t], log_target=True, reduction="sum").item()
+                        for i in range(10) for t in range(16) if keep[i, t]])
+    batches = [x[i:i + 4][keep[i:i + 4]].double() for i in (0, 4, 8)]
+    tokens = torch.cat(batches)
+    for g, w in enumerate((n_core, 20, 50)):
+        f = [sae.encode(b.float(), w).detach().double() for b in batches]
+        y = [a @ sae.W_dec[:w].detach().double() + sae.b_dec.detach().double() for a in f]
+        r2 = [((b - z) ** 2).sum(1) for b, z in zip(batches, y)]
+        S = (tokens ** 2).sum(1).mean()
+        want = dict(
+            ce_loss_score=(ce("zero") - ce(w)) / (ce("zero") - ce(None)), ce_loss_with_sae=ce(w), kl_div_score=1 - kl(w) / kl("zero"), kl_div_with_sae=kl(w),
+            explained_variance=1 - sum(e.sum() for e in r2) / ((tokens - tokens.mean(0)) ** 2).sum(),
+            explained_variance_legacy=torch.cat([1 - e / ((b - b.mean(0)) ** 2).sum(1) for e, b in zip(r2, batches)]).mean(),
+            explained_variance_0_6_0=1 - torch.cat(r2).mean() / (S - (S / 32) ** 2), fvu=sum(e.sum() for e in r2) / ((tokens - tokens.mean(0)) ** 2).sum(),
+            mse=torch.cat(r2).mean() / 32, mse_saebench=torch.cat([e / len(e) for e in r2]).mean(), cossim=torch.cat([F.cosine_similarity(b, z) for b, z in zip(batches, y)]).mean(),
+            l0=(torch.cat(f) != 0).double().sum(1).mean() if w else 0.0, l1=torch.cat(f).sum(1).mean() if w else 0.0, l2_norm_out=torch.cat(y).norm(dim=1).mean(),
+            l2_ratio=(torch.cat(y).norm(dim=1) / tokens.norm(dim=1)).mean(),
+            relative_reconstruction_bias=np.mean([((z ** 2).sum(1).mean() / (b * z).sum(1).mean()).item() for b, z in zip(batches, y)]))
+        for key, value in want.items():
+            assert r["prefixes"][g][key] == pytest.approx(float(value), rel=1e-4, abs=1e-6), (key, w)
+            assert w != 50 or r[key] == r["prefixes"][g][key]
+    density = (torch.cat(f) > 0).double().mean(0)
+    near = lambda W: (F.normalize(W) @ F.normalize(W).T - 2 * torch.eye(50)).amax(1)[1:].mean().item()  # the zero row aside
+    for key, value in dict(
+            l2_norm_in=tokens.norm(dim=1).mean(), core_l0=density[:n_core].sum(), non_core_l0=density[n_core:].sum(), frac_alive=(density > 0).double().mean(),
+            ce_loss_without_sae=ce(None), ce_loss_with_ablation=ce("zero"), kl_div_with_ablation=kl("zero"), freq_over_10_percent=(density > 0.1).double().mean(),
+            freq_over_1_percent=(density > 0.01).double().mean(), normalized_freq_over_10_percent=density[density > 0.1].sum() / density.sum()).items():
+        assert r[key] == pytest.approx(float(value), rel=1e-4), key
+    assert r["average_max_decoder_cosine_sim"] == pytest.approx((F.normalize(sae.W_dec) @ F.normalize(sae.W_dec).T - 2 * torch.eye(50)).amax(1).mean().item(), rel=1e-4)
+    assert r["average_max_encoder_cosine_sim"] * 50 == pytest.approx(near(sae.W_enc.detach()) * 49, rel=1e-4)
+
+def test_an_evaluation_changes_no_sae(lm, story):
+    """core, pooled and absorption must leave the SAE's state bitwise as it was."""
+    (model, text, ids), sae = held(lm), load_sae(story / "cycle3")
+    before = {name: t.clone() for name, t in sae.state_dict().items()}
+    ev.core_metrics(model, 0, text, ids, sae)
+    assert all(torch.equal(t, before[name]) for name, t in sae.state_dict().items())
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_logistic_regression_is_the_minimum(balanced):
+    """At the result the gradient of scikit-learn's objective, written out here, must vanish."""
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 3), torch.rand(60) < 0.2
+    w, b = ev.logistic_regression(x, y, balanced)
+    p = torch.sigmoid(x.double() @ w + b)
+    weight = torch.where(y, 60 / (2 * y.sum()), 60 / (2 * (~y).sum())) if balanced else torch.ones(60)
+    error = weight * (p - y.double())
+    assert (x.double().T @ error + w).abs().max() < 1e-3 and error.sum().abs() < 1e-3
+
+def test_letter_probes_equal_a_naive_reference():
+    """26 separate probes with torch's own schedule, loss by loss, must end in the same weights; a planted letter must be read."""
+    y = torch.cat([torch.arange(26), torch.zeros(100, dtype=torch.long)])
+    x = torch.cat([3 * F.one_hot(y, 26).float(), torch.randn(126, 4, generator=torch.Generator().manual_seed(0))], 1)
+    W, b = ev.train_letter_probes(x, y, 50, 1e-4, l1=0.02, seed=4)
+    assert (F.linear(x, W, b).argmax(1) == y).all()
+    rng, probes = dmsae.generator(4, "letters"), [nn.Linear(30, 1) for _ in range(26)]
+    for p in (p for probe in probes for p in probe.parameters()):
+        nn.init.zeros_(p)
+    adam = torch.optim.Adam([p for probe in probes for p in probe.parameters()], 1e-2, weight_decay=1e-4)
+    decay = torch.optim.lr_scheduler.ExponentialLR(adam, (1e-5 / 1e-2) ** (1 / 49))
+    for _ in range(50):
+        for at in torch.randperm(126, generator=rng).split(50):
+            loss = 0
+            for c, probe in enumerate(probes):
+                weight = torch.where(y == c, (y != c).sum() / (y == c).sum(), 1.0)[at]
+                p = torch.sigmoid(probe(x[at])[:, 0])
+                loss = loss - (weight * torch.where(y[at] == c, p, 1 - p).log()).mean() / 26 + 0.02 * probe.weight.abs().sum() / 26
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        decay.step()
+    assert torch.allclose(W, torch.cat([p.weight for p in probes]), atol=2e-3) and torch.allclose(b, torch.cat([p.bias for p in probes]), atol=2e-3)
+
+def test_probes_trained_together_are_those_trained_alone():
+    """Stacked probes must equal each probe on its own."""
+    torch.manual_seed(0)
+    x, train, test = torch.randn(80, 5), torch.randint(0, 80, (3, 2, 24)), torch.randint(0, 80, (3, 2, 8))
+    x[train[0, 0]] += 2
+    W, b = ev.train_probes(x, train, test)
+    for p in range(3):
+        alone, bias = ev.train_probes(x, train[p:p + 1], test[p:p + 1])
+        assert torch.allclose(alone[0], W[p], atol=1e-5) and torch.allclose(bias[0], b[p], atol=1e-5)
+        right = [(x[i] @ W[p] + b[p] > 0) == (side == 0) for side in (0, 1) for i in test[p, side]]
+        assert ev.accuracy(x, test, W, b)[p].item() == pytest.approx(sum(map(float, right)) / 16)
+
+def letters_world(absorbed="s"):
+    """26 x 40 words, each with its letter's direction and its own; an SAE with a latent for each letter, blind to a third of the words
+    of one letter, and for these a latent each. Returns model, tokenizer, SAE and the blind words' ids."""
+    words = [f"{chr(97 + c)}{'x' * j}q" for c in range(26) for j in range(40)]
+    tokenizer, n = Words([*words, "has", "the", "first", "letter:"]), len(words)
+    letters = torch.arange(n) // 40
+    table = torch.cat([5 * F.one_hot(letters, 26).float(), torch.eye(n)], 1)
+    blind = [i for i in range(n) if chr(97 + letters[i]) == absorbed and i % 40 < 14]
+    W_enc = torch.cat([torch.eye(26 + n)[:26], 5 * torch.eye(26 + n)[[26 + i for i in blind]]])
+    W_enc[ord(absorbed) - 97, [26 + i for i in blind]] = -10
+    W_dec = torch.cat([torch.eye(26 + n)[:26], F.normalize(table[blind])])
+    table = torch.cat([torch.zeros(2, 26 + n), table, torch.zeros(4, 26 + n)])
+    return Sum(table, torch.zeros(26 + n, len(table))), tokenizer, ready_sae(W_enc, W_dec), {i + 2 for i in blind}
+
+def test_letter_task_reads_the_word():
+    """The residual must be that of the word itself, in both prompts; letters must be right; train and test words must differ."""
+    model, tokenizer, _, _ = letters_world()
+    x, y, x_test, y_test, x_fresh, W, b = ev.letter_task(model, 0, tokenizer, 0)
+    assert len(x) + len(x_test) == 1043  # 1040 words and has, the, first; "letter:" is none
+    for rows, labels in (x, y), (x_test, y_test):
+        known = rows.any(1)  # `has`, `the` and `first` have no direction
+        assert torch.equal(rows[known, :26].argmax(1), labels[known])
+    assert torch.equal(x_test, x_fresh) and not set(x[:, 26:].argmax(1)[x.any(1)].tolist()) & set(x_test[:, 26:].argmax(1)[x_test.any(1)].tolist())
+    assert (F.linear(x_test, W, b).argmax(1) == y_test)[x_test.any(1)].float().mean() > 0.95
+
+def test_letter_prompts_are_as_documented(monkeypatch):
+    """BOS, newline, ten lines of examples that never show the word, the word, the tail; the position must be the word's."""
+    model, tokenizer, _, _ = letters_world()
+    seen = []
+    monkeypatch.setattr(ev, "residuals_at", lambda m, layer, prompts, at, fill: seen.append((prompts, at)) or torch.stack(
+        [model.embed.weight[p[i]] for p, i in zip(prompts, at)]))
+    tokenizer.ids["\n"] = 1
+    ev.letter_task(model, 0, tokenizer, 0)
+    tail = [tokenizer.ids[w] for w in "has the first letter:".split()]
+    for prompts, at in seen:
+        for p, i in zip(prompts, at.tolist()):
+            assert p[0] == 0 and p[i + 1:] == tail and i == len(p) - 5
+            lines = p[2:i]  # example, tail, letter (unknown here), newline
+            assert len(lines) == 70 and all(lines[j + 1:j + 5] == tail for j in range(0, 70, 7)) and p[i] not in lines[::7]
+
+def test_absorption_finds_the_planted_words():
+    """Full absorption must be the share of blind words among the test words of the planted letter, and zero elsewhere."""
+    model, tokenizer, sae, blind = letters_world()
+    task = ev.letter_task(model, 0, tokenizer, 0)
+    r = ev.absorption(task, sae)
+    own = task[2][:, 26:].argmax(1) + 2  # token ids of the test words
+    of_s = [i for i, y in zip(own.tolist(), task[3].tolist()) if y == 18]
+    rows = {row["first_letter"]: row for row in r["details"]}
+    share = sum(i in blind for i in of_s) / rows["s"]["num_probe_true_positives"]
+    assert 0 < share < 1 and rows["s"]["full_absorption_rate"] == pytest.approx(share)
+    assert rows["s"]["fraction_0_6_0"] == pytest.approx(share, abs=1e-4) and rows["s"]["main_latents"] == [18]
+    assert all(row["num_full_absorption"] == 0 for c, row in rows.items() if c != "s")
+    good = [row for row in rows.values() if row["probe_f1"] > 0.6]
+    assert r["letters"] == len(good) and r["full_absorption_rate"] == pytest.approx(np.mean([row["full_absorption_rate"] for row in good]))
+
+def test_letters_that_cannot_be_read_are_named():
+    """Where too few letters are read, there must be a reason that names the others, and no number."""
+    task = list(ev.letter_task(*letters_world()[:1], 0, letters_world()[1], 0))
+    task[5][[0, 25]] = 0  # the probe of a and z
+    task[6][[0, 25]] = -1
+    sae = letters_world()[2]
+    with pytest.raises(ev.CannotRun, match="a 0.00, z 0.00"):
+        ev.absorption(task, sae, min_letters=25)
+    assert ev.absorption(task, sae)["failed_letters"] == "a 0.00, z 0.00"
+
+def test_absorption_scores_equal_a_naive_reference():
+    """Word by word, all three scores must equal SAEBench's definitions written as plain arithmetic."""
+    rng = np.random.default_rng(0)
+    seen = Counter()
+    for _ in range(300):
+        n, D, F_ = 4, 5, 8
+        f, x = rng.random((n, F_)) * (rng.random((n, F_)) < 0.4) * 2, rng.normal(size=(n, D)) + 0.5
+        W_dec, w, main = rng.normal(size=(F_, D)), rng.normal(size=D) + 0.5, list(rng.choice(F_, rng.integers(1, 3), replace=False))
+        got = ev.absorption_scores(*(torch.tensor(t) for t in (f, x, W_dec, w)), torch.tensor(main))
+        u = w / np.linalg.norm(w)
+        c = [W_dec[i] @ u / np.linalg.norm(W_dec[i]) for i in range(F_)]
+        for i in range(n):
+            p, A = [f[i, j] * c[j] for j in range(F_)], x[i] @ u
+            m, top = sum(p[j] for j in main), int(np.argmax(p))
+            full = all(f[i, j] < 1e-8 for j in main) and c[top] >= 0.025 and A >= 0 and p[top] / A >= 0.4
+            t = sum(sorted((p[j] for j in range(F_) if j not in main and c[j] >= 0.1 and p[j] > 0), reverse=True)[:3])
+            now = 0 if m >= A or t / A < 0.4 else 1 if m <= 0 else min(t, A - m) / (min(t, A - m) + m)
+            published = 0 if m >= A or sum(p) <= 0 else min(1, max(0, (sum(p) - m) / sum(p)))
+            assert (bool(got[0][i]), got[1][i].item(), got[2][i].item()) == (full, pytest.approx(now), pytest.approx(published))
+            seen.update(full=int(full), part=int(0 < now < 1), whole=int(now == 1), zero=int(now == 0), old=int(0 < published < 1))
+    assert min(seen.values()) > 20  # every branch was met
+
+def test_one_vs_rest_is_balanced_and_disjoint():
+    """Positives must be of the class, negatives of the others in equal shares, as many; no text may be in train and test."""
+    labels = np.array(list("abc" * 50) + ["a"] * 30)
+    for c, (train, test) in zip("abc", ev.one_vs_rest(labels, 1)):
+        assert (labels[train[0]] == c).all() and (labels[train[1]] != c).all() and (labels[test[0]] == c).all() and (labels[test[1]] != c).all()
+        assert not set(train.flatten().tolist()) & set(test.flatten().tolist()) and len(set(train.flatten().tolist())) == train.numel()
+        others = Counter(labels[train[1]])
+        assert len(others) == 2 and max(others.values()) - min(others.values()) <= 1 and train.shape[1] in (40, 64)
+
+def planted_texts():
+    """120 texts of 3 classes: latent c fires on class c only, latents 3 to 5 on nothing in particular; decoder rows orthogonal."""
+    torch.manual_seed(0)
+    labels = np.array(list("abc") * 40)
+    A = torch.cat([F.one_hot(torch.arange(120) % 3, 3).float() * (1 + torch.rand(120, 3)), torch.rand(120, 3)], 1)
+    W_dec = torch.eye(8)[:6]
+    return A @ W_dec, A, labels, W_dec
+
+def test_sparse_probing_finds_planted_classes():
+    """One latent must be enough for a planted class; a silent SAE must be at chance; the residual channels must be probed as such."""
+    X, A, labels, _ = planted_texts()
+    r = ev.sparse_probing(X @ torch.linalg.qr(torch.randn(8, 8))[0], A, labels)
+    assert r["sae_top_1_test_accuracy"] == r["sae_test_accuracy"] == 1 and r["llm_top_1_test_accuracy"] < 1 and r["llm_test_accuracy"] > 0.9
+    assert ev.sparse_probing(X, torch.zeros_like(A), labels)["sae_top_5_test_accuracy"] == 0.5
+    assert ev.sparse_probing(A, A, labels)["llm_top_2_test_accuracy"] == ev.sparse_probing(A, A, labels)["sae_top_2_test_accuracy"]
+
+def test_tpp_of_planted_classes_hits_only_its_own_probe():
+    """Ablating a planted class's latents must cost its own probe its accuracy, and the others' nothing."""
+    X, A, labels, W_dec = planted_texts()
+    r = ev.tpp(X, A, labels, W_dec, seeds=(0, 1))
+    for row in r["details"]:
+        assert row["probe_accuracy"] > 0.95 and row["tpp_threshold_2_intended"] > 0.3 and abs(row["tpp_threshold_2_unintended"]) < 0.1
+        assert row["tpp_threshold_2_total_metric"] == pytest.approx(row["tpp_threshold_2_intended"] - row["tpp_threshold_2_unintended"])
+    values = [row["tpp_threshold_2_total_metric"] for row in r["details"]]
+    assert r["tpp_threshold_2_total_metric"] == pytest.approx(np.mean(values)) and r["tpp_threshold_2_total_metric_std"] == pytest.approx(np.std(values, ddof=1))
+    assert ev.tpp(X, A, labels, W_dec, seeds=(0,))["tpp_threshold_2_total_metric_std"] is None
+
+def test_tpp_equals_a_naive_reference():
+    """With the same probes, every figure must equal ablation text by text."""
+    torch.manual_seed(3)
+    labels = np.array(list("abcd") * 25)
+    A = torch.rand(100, 30) * (torch.rand(100, 30) < 0.5) + 0.4 * F.one_hot(torch.arange(100) % 4, 30)
+    W_dec = F.normalize(torch.randn(30, 6))
+    X = A @ W_dec + 0.1 * torch.randn(100, 6)
+    row = ev.tpp(X, A, labels, W_dec, seeds=(5,))["details"][0]
+    tasks = ev.one_vs_rest(labels, 5)
+    W, b = ev.train_probes(X, *(torch.stack(part) for part in zip(*tasks)), 5)
+    def score(j, gone):
+        test = tasks[j][1]
+        hits = [(((X[t] - sum((A[t, k] * W_dec[k] for k in gone), torch.zeros(6))) @ W[j] + b[j]) > 0) == (side == 0) for side in (0, 1) for t in test[side]]
+        return np.mean([float(h) for h in hits])
+    for n in (2, 10):
+        own, others = [], []
+        for i in range(4):
+            train = tasks[i][0]
+            effect = [max(0, (A[train[0], k].mean() - A[train[1], k].mean()).item()) * (W_dec[k] @ W[i]).item() for k in range(30)]
+            gone = [k for k in sorted(range(30), key=lambda k: -effect[k])[:n] if effect[k] > 0]
+            for j in range(4):
+                (own if i == j else others).append(score(j, []) - score(j, gone))
+        assert row[f"tpp_threshold_{n}_intended"] == pytest.approx(np.mean(own), abs=1e-6)
+        assert row[f"tpp_threshold_{n}_unintended"] == pytest.approx(np.mean(others), abs=1e-6)
+
+def test_scr_removes_a_planted_correlation():
+    """Ablating the planted spurious latent must turn the biased probe into one of the class: 1; without latents nothing moves: 0."""
+    torch.manual_seed(0)
+    n = 400
+    label, spurious = torch.arange(n) % 2, torch.arange(n) // 2 % 2
+    A = torch.stack([label, 1 - label, spurious, 1 - spurious], 1) * (1 + 0.3 * torch.rand(n, 4))
+    A[:, 2:] *= 1.4  # the spurious one is the easier
+    W_dec = torch.eye(4)
+    names, values = np.array(["a", "b"])[label], np.array(["u", "v"])[spurious]
+    r = ev.scr(A @ W_dec, A, names, values, W_dec, seeds=(0, 1))
+    assert r["pairs"] == 1 and len(r["details"]) == 2
+    for row in r["details"]:
+        assert row["scr_metric_threshold_2"] == row["scr_dir1_threshold_2"] > 0.9 and row["biased_accuracy"][0] < row["biased_accuracy"][1]
+    silent = ev.scr(A, torch.zeros_like(A), names, values, W_dec)
+    assert silent["scr_metric_threshold_20"] == 0
+    for bad in None, np.array(["u"] * n), np.array(["u", "v"])[label]:
+        with pytest.raises(ev.CannotRun):
+            ev.scr(A, A, names, bad, W_dec)
+
+def test_pooled_equals_text_by_text(lm):
+    """Means over kept tokens must equal each text on its own, and zeroing latents must move the mean by -A W_dec of these."""
+    (model, text, _), sae = held(lm), random_sae(n_core=0, dtype=torch.float32, d_model=32)
+    from transformers import AutoTokenizer
+    tokenizer, texts = AutoTokenizer.from_pretrained(lm), ["the cat sat", "dog", "a bird sang a loud song of spring " * 20]
+    X, A = ev.pooled(model, 0, tokenizer, text, sae, texts, ctx=12)
+    for i, t in enumerate(texts):
+        ids = torch.tensor([[2, *tokenizer(t, add_special_tokens=False)["input_ids"]][:12]])
+        x = dmsae.residual_stream(model, 0, ids)[0, 1:]
+        f = sae.encode(x)
+        assert torch.allclose(X[i], x.mean(0), atol=1e-5) and torch.allclose(A[i], f.mean(0), atol=1e-5)
+        less = f.clone()
+        less[:, [3, 5]] = 0
+        ablated = sae.decode(less) + (x - sae.decode(f))
+        assert torch.allclose(ablated.mean(0), X[i] - A[i, [3, 5]] @ sae.W_dec[[3, 5]], atol=1e-5)
+
+def ravel_world():
+    """Eight entities with a colour (dims 0, 1) and a size (dims 2, 3); the question's word lifts the answers that it asks for."""
+    names = [f"e{i}" for i in range(8)]
+    tokenizer = Words([*names, "colour", "size", "red", "blue", "big", "small"])
+    table = torch.zeros(len(tokenizer), 6)
+    for i in range(8):
+        table[2 + i, i % 2], table[2 + i, 2 + i // 4] = 1, 1
+    table[tokenizer.ids["colour"], 4] = table[tokenizer.ids["size"], 5] = 10
+    readout = torch.zeros(6, len(tokenizer))
+    for j, (answer, question) in enumerate([("red", 4), ("blue", 4), ("big", 5), ("small", 5)]):
+        readout[j, tokenizer.ids[answer]], readout[question, tokenizer.ids[answer]] = 1, 1
+    facts = dict(entities={n: dict(colour=("red", "blue")[i % 2], size=("big", "small")[i // 4]) for i, n in enumerate(names)},
+                 templates=dict(colour=["{entity} colour"], size=["{entity} size"]))
+    text = Text(np.zeros((3, 3), np.int32), 0, torch.tensor([0]), 1, 1)
+    return Sum(table, readout), tokenizer, text, facts
+
+def test_ravel_disentangles_a_planted_attribute():
+    """Latents of one attribute each must give cause and isolation of 1; latents of whole entities must trade them off."""
+    model, tokenizer, text, facts = ravel_world()
+    r = ev.ravel(model, 0, tokenizer, text, ready_sae(torch.eye(6)[:4], torch.eye(6)[:4]), facts)
+    assert r["prompts"] == r["prompts_known"] == 16 and r["attributes"] == "colour, size"
+    for row in r["details"]:
+        assert row["cause_score"] == row["isolation_score"] == row["disentanglement_score"] == 1 and row["latents"] >= 2
+    rows = F.normalize(model.embed.weight[2:10])
+    whole = ready_sae(rows, rows * 2**0.5, 1.2)  # one latent for each entity pair of colour and size
+    assert ev.ravel(model, 0, tokenizer, text, whole, facts)["disentanglement_score"] < 0.8
+
+def test_ravel_says_what_the_model_does_not_know():
+    """Prompts that the model gets wrong must not count; where none is left there must be a reason, and no number."""
+    model, tokenizer, text, facts = ravel_world()
+    facts["entities"]["e0"]["colour"] = "blue"
+    assert ev.ravel(model, 0, tokenizer, text, both_signs(6), facts)["prompts_known"] == 15
+    model.readout.zero_()
+    with pytest.raises(ev.CannotRun, match="answers 0 of 16"):
+        ev.ravel(model, 0, tokenizer, text, both_signs(6), facts)
+    with pytest.raises(ev.CannotRun, match="--ravel"):
+        ev.ravel(model, 0, tokenizer, text, both_signs(6), None)
+
+def test_stability_equals_sets_of_births(story):
+    """Kept, Jaccard and overlap must equal those of the sets of identities in the saved cores, and votes the counts there."""
+    rows, before = ev.stability(story), set()
+    assert len(rows) == 4
+    for n, r in enumerate(rows):
+        core = load_file(story / f"cycle{n}" / "core.safetensors")
+        now = {tuple(b) for b in core["birth"].tolist()}
+        assert r["kept"] == len(now & before) and r["jaccard"] == pytest.approx(len(now & before) / len(now | before))
+        assert r["identity_overlap"] == pytest.approx(len(now & before) / len(before) if before else 0)
+        assert r["votes"] == Counter(core["votes"].tolist()) and sum(r["origins"].values()) == len(now)
+        before = now
+
+def test_partners_are_the_greedy_matching():
+    """Partners must be one to one, the closest pair first, as a plain loop over sorted pairs finds them."""
+    torch.manual_seed(0)
+    a = torch.randn(30, 6)
+    b = torch.cat([a[:20] + 0.5 * torch.randn(20, 6), torch.randn(7, 6), a[:3]])
+    cosine = F.normalize(a) @ F.normalize(b).T
+    used, found = set(), []
+    for value, i, j in sorted(((cosine[i, j].item(), i, j) for i in range(30) for j in range(30)), reverse=True):
+        if ("a", i) not in used and ("b", j) not in used:
+            used |= {("a", i), ("b", j)}
+            found.append(value)
+    assert ev.partners(a, b) == {f"above_{t}": sum(v > t for v in found) for t in (0.7, 0.9)}
+    assert ev.partners(a, a) == {"above_0.7": 30, "above_0.9": 30} and ev.partners(a[:1], -a[:1])["above_0.7"] == 0
+
+def test_a_run_agrees_with_itself_and_not_with_noise(story):
+    """All latents of a run must have partners in the same run, random directions hardly any."""
+    r = ev.agreement(story, story)
+    for name in "core", "prefix 0":
+        assert r[name]["encoder"]["above_0.9"] == r[name]["decoder"]["above_0.9"] == r[name]["n"][0] == r[name]["n"][1]
+    assert r["random directions"]["encoder"]["above_0.9"] == 0 and r["random directions"]["n"] == r["core"]["n"]
+
+def evaluation(*words):
+    return dmsae.main([str(w) for w in words], "eval", lambda argv: ev.run(ev.parse(argv)))
+
+@pytest.fixture(scope="session")
+def labels_csv(lm, tmp_path_factory):
+    """Labelled texts of the tiny model's words, with a spurious label, and facts that it cannot know."""
+    folder = tmp_path_factory.mktemp("labels")
+    rows = [f"{'the cat sat' if i % 2 else 'a bird sang'} {'loud' if i // 2 % 2 else 'song'} of {i},{i % 2},{i // 2 % 2}" for i in range(120)]
+    (folder / "t.csv").write_text("text,label,spurious\n" + "\n".join(rows))
+    (folder / "t.jsonl").write_text("\n".join(json.dumps(dict(words=r.split(",")[0], topic=r.split(",")[1])) for r in rows))
+    (folder / "facts.json").write_text(json.dumps(dict(entities=dict(cat=dict(a="sat"), dog=dict(a="ran")), templates=dict(a=["the {entity}"]))))
+    return folder
+
+def test_eval_through_its_command_line(story, labels_csv, tmp_path, capsys):
+    """Everything on a run folder: each metric has figures or a reason, JSON is strict, nothing is overwritten, the page is closed."""
+    out = tmp_path / "eval.json"
+    words = (story, "--labelled", labels_csv / "t.csv", "--ravel", labels_csv / "facts.json", "--seeds", 2, "--html", "--out", out, "--tokens", 20_000)
+    assert evaluation(*words) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(out.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+    assert [Path(s["folder"]).name for s in report["saes"]] == ["cycle0", "cycle3"] and report["seed"] == 0 and "held out by" in report["text"]
+    plain, last = (s["metrics"] for s in report["saes"])
+    name = labels_csv / "t.csv"
+    assert plain.keys() == last.keys() == {"core", "stability", "absorption", "ravel", f"probing {name}", f"tpp {name}", f"scr {name}"}
+    result = json.loads((story / "cycle3" / "cfg.json").read_text())["metadata"]["result"]
+    core = last["core"]
+    assert core["ce_loss_score"] == pytest.approx(result["ce_recovered"], abs=1e-4) and core["l0"] == pytest.approx(result["l0"], rel=1e-4)
+    assert [p["fvu"] for p in core["prefixes"][1:]] == pytest.approx(result["fvu"], rel=1e-3) and core["core_l0"] == pytest.approx(result["core_l0"], rel=1e-3)
+    assert list(last["absorption"]) == ["cannot_run"] and "words of letters only" in printed and last[f"scr {name}"]["pairs"] == 1
+    assert last["stability"]["core"] == result["core"] and len(last[f"tpp {name}"]["details"]) == 2
+    first = out.read_bytes()
+    assert evaluation(story / "cycle0", "--only", "core", "--out", out) == 0
+    assert out.read_bytes() == first and set(json.loads((tmp_path / "eval-2.json").read_text())["saes"][0]["metrics"]) == {"core"}
+    html = (tmp_path / "eval.html").read_text()
+    assert "<script" not in html and "http" not in html and "ce_loss_score" in html and html.count("<article>") == sum(
+        len(load_file(story / c / "core.safetensors")["votes"]) for c in ("cycle0", "cycle3"))
+    assert html.count("<svg") == 3 and "born in 0" in html
+
+def test_two_runs_and_jsonl_and_foreign_folder(story, lm, labels_csv, tmp_path, capsys):
+    """A folder with only SAELens's metadata must be evaluated on a given text, and must say that it has no run; columns can be named."""
+    foreign = tmp_path / "sae"
+    shutil.copytree(story / "cycle0", foreign)
+    (foreign / "core.safetensors").unlink()
+    cfg = json.loads((foreign / "cfg.json").read_text())
+    for key in "config", "result", "widths", "n_core", "n_exempt":
+        cfg["metadata"].pop(key)
+    (foreign / "cfg.json").write_text(json.dumps(cfg))
+    assert evaluation(foreign, "--only", "core", "stability", "probing", "scr", "--text", lm / "text.txt", "--separator", "|||", "--labelled",
+                      labels_csv / "t.jsonl", "--columns", "words", "topic", "--tokens", 20_000, "--html") == 0
+    report = json.loads((foreign / "eval.json").read_text())
+    metrics = report["saes"][0]["metrics"]
+    assert len(metrics["core"]["prefixes"]) == 2 and "may have been trained on" in report["text"] and (foreign / "eval.html").exists()
+    assert "no run folder" in metrics["stability"]["cannot_run"] and "third column" in metrics[f"scr {labels_csv / 't.jsonl'}"]["cannot_run"]
+    assert evaluation(story, story, "--only", "stability", "--out", tmp_path / "two.json") == 0
+    printed = capsys.readouterr().out
+    assert "[1]" in printed and "core after training 3" in printed
+
+def test_the_page_escapes_and_shades(lm, story):
+    """Tokens that look like HTML must be escaped, and the token where a latent peaks must be the darkest."""
+    from transformers import AutoTokenizer
+    model, text, ids = held(lm)
+    ids[2, 9] = ids[6, 3] = AutoTokenizer.from_pretrained(lm)("<", add_special_tokens=False)["input_ids"][0]
+    sae, (core, _) = load_sae(story / "cycle3"), dmsae.load_core(story / "cycle3" / "core.safetensors")
+    cards = ev.core_cards(model, 0, AutoTokenizer.from_pretrained(lm), text, ids, sae, core, n=10, window=16)
+    assert "&lt;" in cards and not re.search(r"<(?!/?(hr|article|h3|small|p|kbd|span)\b)", cards)
+    report = dict(model="<b>", layer=0, text="<i>&", stability={}, agreement={}, saes=[dict(folder="a<", metrics={"x<y": dict(cannot_run="because <u> of that reason")})])
+    page = ev.page(report, {"<s>": cards})
+    assert not re.search(r"<(b|i|u|s)>", page) and "&lt;b&gt;" in page
+    first = cards.split("<article>")[1]
+    acts = sae.encode(dmsae.residual_stream(model, 0, ids).flatten(0, 1))[:, core.index[0]].view(10, 16) * text.keep(ids)
+    assert first.count("<p>") - 1 == int((acts.amax(1) > 0).sum()) and ",1.00)" in first
+
+@pytest.mark.parametrize("words, says", [
+    (["/nowhere"], "neither a run folder"), (["RUN", "--only", "speed"], "invalid choice"), (["RUN", "--tokens", "0"], "--tokens 0"),
+    (["RUN", "--labelled", "/nowhere.csv"], "cannot be read"), (["RUN", "--labelled", "CSV", "--columns", "words", "label"], "--columns text label"),
+    (["RUN", "--ravel", "BAD"], "must be like"), (["RUN", "--ravel", "/nowhere.json"], "No such file"), (["RUN", "--out", "/nowhere/eval.json"], "folder that exists"),
+    (["RUN", "--out", "x.txt"], ".json"), (["RUN", "--model", "OTHER"], "width"), (["RUN", "--text", "/nowhere.txt"], "no such file"), ([], "required"),
+    (["RUN", "--device", "cuda:9"], "--device"), (["HOOK"], "hook"), (["RUN", "--seeds", "x"], "invalid int")])
+def test_eval_refuses_bad_input_in_one_line(words, says, story, lm, labels_csv, tmp_path, capsys):
+    """One line that says what is wrong, exit code 2, and nothing written."""
+    (tmp_path / "bad.json").write_text('{"entities": 3}')
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    if "OTHER" in words:
+        Gemma2ForCausalLM(Gemma2Config(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+                                       num_key_value_heads=1, head_dim=16)).save_pretrained(tmp_path / "other")
+    if "HOOK" in words:
+        (tmp_path / "hook").mkdir()
+        (tmp_path / "hook" / "cfg.json").write_text(json.dumps(dict(metadata=dict(model_name="m", hook_name="blocks.0.hook_mlp_out"))))
+    real = dict(RUN=story, CSV=labels_csv / "t.csv", BAD=tmp_path / "bad.json", OTHER=tmp_path / "other", HOOK=tmp_path / "hook")
+    before = sorted(story.rglob("*"))
+    try:
+        code = evaluation(*(real.get(w, w) for w in words), *(["--only", "probing"] if words[1:] and "--only" not in words else []))
+    except SystemExit as e:
+        code = e.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("eval: ") and err.count("\n") == 1 and says in err and sorted(story.rglob("*")) == before
+
+# ---- README --------------------------------------------------------------------------------------------------------------
 def test_readme_commands_parse_and_its_claims_hold():
     """Every `python dmsae.py` line of README.md must parse; snippets must run; line counts must be true."""
     readme = (HERE / "README.md").read_text()
