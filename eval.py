@@ -219,17 +219,17 @@ def absorption(task, sae, min_f1=0.6, min_letters=20, seed=0):
 HUB = {"fancyzhx/ag_news": (("text", "label"), None),  # the two of SAEBench's eight sets that `datasets` reads by itself
        "LabHC/bias_in_bios": (("hard_text", "profession", "gender"), (0, 1, 2, 6, 9))}
 
-def labelled(source, columns=("text", "label", "spurious"), only=None, budget=10**4, seed=0):
+def labelled(source, columns=("text", "label"), only=None, budget=10**4, seed=0):
     """(texts, labels, spurious labels or None), n each, from a .csv or .jsonl file (or BadInput) or the first 20,000 rows of a hub dataset
     (or CannotRun); only: labels to take. At most 2500 a class (SAEBench: 2000 + 500), about `budget` in all, no class below 10."""
     from datasets import load_dataset
-    (text, label, spurious), kind = (*columns, "", "")[:3], {".csv": "csv", ".jsonl": "json"}.get(Path(source).suffix)
+    (text, label, spurious), kind = [*columns, *("label", "spurious")[len(columns) - 1:]][:3], {".csv": "csv", ".jsonl": "json"}.get(Path(source).suffix)
     try:
         rows = load_dataset(kind or source, data_files=source if kind else None, split="train", streaming=True)
         rows = list(islice((r for r in rows if only is None or r[label] in only), None if kind else 20_000))
     except Exception as e:  # datasets, fsspec and pandas raise a dozen unrelated types
         raise (BadInput if kind else CannotRun)(f"{source}: cannot be read ({type(e).__name__}: {e}); --labelled FILE.csv works") from None
-    need(rows and {text, label} <= rows[0].keys(), f"{source}: has no columns {text}, {label}, but {', '.join(*rows[:1])}; try --columns text label")
+    need(rows and {text, label, *columns} <= rows[0].keys(), f"{source}: has only {', '.join(*rows[:1])}, not {', '.join(columns)}; try --columns text label")
     rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows)) if rows[i][text]]
     classes = [c for c, n in Counter(str(r[label]) for r in rows).items() if n >= 10]
     need(len(classes) > 1, f"{source}: column {label} has {len(classes)} classes of 10 texts or more; two are needed")
@@ -361,9 +361,9 @@ def ravel(model, layer, tokenizer, text, sae, facts, budget=10**6, seed=0):
         value, own = np.array([str(facts["entities"][e].get(attribute)) for e in entities]), asked == attribute
         pairs = np.argwhere((value[:, None] != value) & (~own[:, None] | differ) & known[:, None] & (known & own))  # (base, source)
         halves = [rng.permutation(pairs[own[pairs[:, 0]] == about])[:n_pairs // 2] for about in (True, False)]
-        if min(map(len, halves)) < 10:
+        if (m := min(map(len, halves))) < 10:
             continue
-        base, source = torch.from_numpy(rng.permutation(np.concatenate(halves))).T
+        base, source = torch.from_numpy(np.stack([h[:m] for h in halves], 1).reshape(-1, 2)).T  # by turns about the attribute, about others
         about, n, b = torch.from_numpy(own)[base], int(0.7 * len(base)), x.new_zeros(len(sae.W_enc), requires_grad=True)
         expect = target[torch.where(about, source, base)]  # (pairs,)
         order = [p for _ in range(2) for p in torch.from_numpy(rng.permutation(n)).split(32)]
@@ -497,7 +497,7 @@ def parse(argv=None):
     add("--only", nargs="+", choices=METRICS, default=METRICS, metavar="NAME", help="some of " + ", ".join(METRICS))
     add("--tokens", type=int, default=1_000_000, help="at most about so many through the model for a metric of an SAE (default 1_000_000)")
     add("--labelled", nargs="+", default=[], metavar="FILE", help=".csv or .jsonl for probing, tpp and scr, in place of hub datasets")
-    add("--columns", nargs="+", default=["text", "label", "spurious"], metavar="NAME", help="of --labelled (default text label spurious)")
+    add("--columns", nargs="+", default=["text", "label"], metavar="NAME", help="of --labelled: text, label and, for scr, spurious label")
     add("--ravel", metavar="FILE", help="JSON of entities and attributes; the README shows one")
     add("--min-letters", type=int, default=20, help="first letters that the model must spell for absorption (default 20)")
     add("--seed", type=int, default=0, help="seed of everything random (default 0)")

@@ -981,17 +981,28 @@ def test_letter_probes_equal_a_naive_reference():
         decay.step()
     assert torch.allclose(W, torch.cat([p.weight for p in probes]), atol=2e-3) and torch.allclose(b, torch.cat([p.bias for p in probes]), atol=2e-3)
 
-def test_probes_trained_together_are_those_trained_alone():
-    """Stacked probes must equal each probe on its own."""
+def test_probes_equal_a_naive_reference():
+    """Stacked probes must equal nn.Linear probes trained one at a time, each at its epoch of best test accuracy."""
     torch.manual_seed(0)
     x, train, test = torch.randn(80, 5), torch.randint(0, 80, (3, 2, 24)), torch.randint(0, 80, (3, 2, 8))
-    x[train[0, 0]] += 2
-    W, b = ev.train_probes(x, train, test)
+    x[train[0, 0]] += 0.3
+    W, b = ev.train_probes(x, train, test, seed=2)
     for p in range(3):
-        alone, bias = ev.train_probes(x, train[p:p + 1], test[p:p + 1])
-        assert torch.allclose(alone[0], W[p], atol=1e-5) and torch.allclose(bias[0], b[p], atol=1e-5)
-        right = [(x[i] @ W[p] + b[p] > 0) == (side == 0) for side in (0, 1) for i in test[p, side]]
-        assert ev.accuracy(x, test, W, b)[p].item() == pytest.approx(sum(map(float, right)) / 16)
+        rng, probe, best = dmsae.generator(2, "probes"), nn.Linear(5, 1), (-1,)
+        nn.init.zeros_(probe.weight)
+        nn.init.zeros_(probe.bias)
+        adam = torch.optim.AdamW(probe.parameters(), 1e-3)
+        rows, y = torch.cat([train[p, 0], train[p, 1]]), torch.tensor([1.0] * 24 + [0.0] * 24)
+        for _ in range(20):
+            for at in torch.randperm(48, generator=rng).split(16):
+                adam.zero_grad()
+                (nn.BCEWithLogitsLoss()(probe(x[rows[at]])[:, 0], y[at]) + 1e-3 * probe.weight.abs().sum()).backward()
+                adam.step()
+            right = [((probe(x[i]) > 0) == (side == 0)).item() for side in (0, 1) for i in test[p, side]]
+            if sum(right) > best[0]:
+                best = sum(right), probe.weight.detach().clone(), probe.bias.detach().clone()
+        assert torch.allclose(best[1][0], W[p], atol=1e-5) and torch.allclose(best[2][0], b[p], atol=1e-5)
+        assert ev.accuracy(x, test, W, b)[p].item() == pytest.approx(best[0] / 16)
 
 def letters_world(absorbed="s"):
     """26 x 40 words, each with its letter's direction and its own; an SAE with a latent for each letter, blind to a third of the words
@@ -1102,6 +1113,8 @@ def test_sparse_probing_finds_planted_classes():
     X, A, labels, _ = planted_texts()
     r = ev.sparse_probing(X @ torch.linalg.qr(torch.randn(8, 8))[0], A, labels)
     assert r["sae_top_1_test_accuracy"] == r["sae_test_accuracy"] == 1 and r["llm_top_1_test_accuracy"] < 1 and r["llm_test_accuracy"] > 0.9
+    always = torch.cat([A, 9 + torch.rand(120, 1)], 1)  # large, and the same for all classes
+    assert ev.sparse_probing(X, always, labels)["sae_top_1_test_accuracy"] == 1
     assert ev.sparse_probing(X, torch.zeros_like(A), labels)["sae_top_5_test_accuracy"] == 0.5
     assert ev.sparse_probing(A, A, labels)["llm_top_2_test_accuracy"] == ev.sparse_probing(A, A, labels)["sae_top_2_test_accuracy"]
 
@@ -1160,6 +1173,21 @@ def test_scr_removes_a_planted_correlation():
         with pytest.raises(ev.CannotRun):
             ev.scr(A, A, names, bad, W_dec)
 
+def test_labelled_reads_files_evenly(tmp_path):
+    """A class of fewer than ten texts must be left out, empty texts too, the others cut to the budget; columns can be named."""
+    rows = [dict(words=f"{c} {i}" if i else "", topic=c, era=i % 2) for c, n in (("a", 40), ("b", 21), ("c", 9)) for i in range(n)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts, labels, spurious = ev.labelled(str(tmp_path / "t.jsonl"), ("words", "topic", "era"), budget=30)
+    assert Counter(labels) == {"a": 15, "b": 15} and len(set(texts)) == 30 and all(t.split()[0] == c for t, c in zip(texts, labels))
+    assert [str(int(t.split()[1]) % 2) for t in texts] == spurious.tolist()
+    texts, labels, spurious = ev.labelled(str(tmp_path / "t.jsonl"), ("words", "topic"))
+    assert Counter(labels) == {"a": 39, "b": 20} and spurious is None
+    (tmp_path / "t.csv").write_text("text,label\n" + "a text,1\n" * 12 + '"one, two",2\n' * 10)
+    assert Counter(ev.labelled(str(tmp_path / "t.csv"))[1]) == {"1": 12, "2": 10} and "one, two" in ev.labelled(str(tmp_path / "t.csv"))[0]
+    for columns, says in ((("words", "theme"), "has only"), (("words", "topic", "gender"), "has only"), (("topic", "words"), "two are needed")):
+        with pytest.raises(dmsae.BadInput, match=says):
+            ev.labelled(str(tmp_path / "t.jsonl"), columns)
+
 def test_pooled_equals_text_by_text(lm):
     """Means over kept tokens must equal each text on its own, and zeroing latents must move the mean by -A W_dec of these."""
     (model, text, _), sae = held(lm), random_sae(n_core=0, dtype=torch.float32, d_model=32)
@@ -1192,13 +1220,17 @@ def ravel_world():
     text = Text(np.zeros((3, 3), np.int32), 0, torch.tensor([0]), 1, 1)
     return Sum(table, readout), tokenizer, text, facts
 
-def test_ravel_disentangles_a_planted_attribute():
-    """Latents of one attribute each must give cause and isolation of 1; latents of whole entities must trade them off."""
+def test_ravel_disentangles_a_planted_attribute(monkeypatch):
+    """Latents of one attribute each must give cause and isolation of 1; latents of whole entities must trade them off. The mask
+    must begin soft and end hard."""
     model, tokenizer, text, facts = ravel_world()
+    seen, sigmoid = [], torch.sigmoid
+    monkeypatch.setattr(torch, "sigmoid", lambda t: seen.append(t.detach().abs().max().item()) or sigmoid(t))
     r = ev.ravel(model, 0, tokenizer, text, ready_sae(torch.eye(6)[:4], torch.eye(6)[:4]), facts)
     assert r["prompts"] == r["prompts_known"] == 16 and r["attributes"] == "colour, size"
     for row in r["details"]:
         assert row["cause_score"] == row["isolation_score"] == row["disentanglement_score"] == 1 and row["latents"] >= 2
+    assert seen[0] == 0 and seen[1] < 0.05 and max(seen) > 50
     rows = F.normalize(model.embed.weight[2:10])
     whole = ready_sae(rows, rows * 2**0.5, 1.2)  # one latent for each entity pair of colour and size
     assert ev.ravel(model, 0, tokenizer, text, whole, facts)["disentanglement_score"] < 0.8
@@ -1226,6 +1258,18 @@ def test_stability_equals_sets_of_births(story):
         assert r["votes"] == Counter(core["votes"].tolist()) and sum(r["origins"].values()) == len(now)
         before = now
 
+def test_stability_of_a_written_case(tmp_path):
+    """{a, b, c} -> {b, c, d, e}: two of five identities in common, two of three kept."""
+    births = [[(0, 1), (0, 2), (0, 3)], [(0, 2), (0, 3), (1, 4), (1, 5)]]
+    for n, birth in enumerate(births):
+        (tmp_path / f"cycle{n}").mkdir()
+        result = dict(cycle=n, core=len(birth), kept=2 * n, new=3 - n, dropped=n)
+        (tmp_path / f"cycle{n}" / "cfg.json").write_text(json.dumps(dict(metadata=dict(result=result))))
+        core = Core(torch.zeros(len(birth), 2), birth=torch.tensor(birth), votes=torch.tensor([2, 2, 1, 1][:len(birth)]))
+        dmsae.save_tensors(vars(core), tmp_path / f"cycle{n}" / "core.safetensors", training=n, model="m", layer=0)
+    rows = ev.stability(tmp_path)
+    assert rows[1]["jaccard"] == 2 / 5 and rows[1]["identity_overlap"] == 2 / 3 and rows[1]["votes"] == {1: 2, 2: 2} and rows[0]["jaccard"] == 0
+
 def test_partners_are_the_greedy_matching():
     """Partners must be one to one, the closest pair first, as a plain loop over sorted pairs finds them."""
     torch.manual_seed(0)
@@ -1240,11 +1284,17 @@ def test_partners_are_the_greedy_matching():
     assert ev.partners(a, b) == {f"above_{t}": sum(v > t for v in found) for t in (0.7, 0.9)}
     assert ev.partners(a, a) == {"above_0.7": 30, "above_0.9": 30} and ev.partners(a[:1], -a[:1])["above_0.7"] == 0
 
-def test_a_run_agrees_with_itself_and_not_with_noise(story):
-    """All latents of a run must have partners in the same run, random directions hardly any."""
+def test_a_run_agrees_with_itself_and_not_with_noise(story, monkeypatch):
+    """All latents of a run must have partners in the same run, random directions hardly any; random latents are of prefix 0."""
     r = ev.agreement(story, story)
     for name in "core", "prefix 0":
         assert r[name]["encoder"]["above_0.9"] == r[name]["decoder"]["above_0.9"] == r[name]["n"][0] == r[name]["n"][1]
+    pairs = []
+    monkeypatch.setattr(ev, "partners", lambda a, b: pairs.append((a, b)) or {})
+    ev.agreement(story, story)
+    (core, _), (noise, _), (some, other), (prefix, _) = pairs[:4]
+    assert len(core) == len(noise) == len(some) < len(prefix) and not torch.equal(some, other)
+    assert all((prefix == row).all(1).any() for row in torch.cat([core, some, other])) and not any((prefix == row).all(1).any() for row in noise)
     assert r["random directions"]["encoder"]["above_0.9"] == 0 and r["random directions"]["n"] == r["core"]["n"]
 
 def evaluation(*words):
@@ -1312,7 +1362,7 @@ def test_the_page_escapes_and_shades(lm, story):
     sae, (core, _) = load_sae(story / "cycle3"), dmsae.load_core(story / "cycle3" / "core.safetensors")
     cards = ev.core_cards(model, 0, AutoTokenizer.from_pretrained(lm), text, ids, sae, core, n=10, window=16)
     assert "&lt;" in cards and not re.search(r"<(?!/?(hr|article|h3|small|p|kbd|span)\b)", cards)
-    report = dict(model="<b>", layer=0, text="<i>&", stability={}, agreement={}, saes=[dict(folder="a<", metrics={"x<y": dict(cannot_run="because <u> of that reason")})])
+    report = dict(model="<b>", layer=0, text="<i>&", stability={}, agreement={}, saes=[dict(folder="a<", metrics={"<u>": dict(cannot_run="because <u> of that reason")})])
     page = ev.page(report, {"<s>": cards})
     assert not re.search(r"<(b|i|u|s)>", page) and "&lt;b&gt;" in page
     first = cards.split("<article>")[1]
