@@ -1,4 +1,4 @@
-"""Tests of dmsae.py: every name is a claim. No network, no GPU; tiny sizes; half a minute on two cores.
+"""Tests of dmsae.py and eval.py: every name is a claim. No network, no GPU; tiny sizes; a minute on two cores.
 
 `python test_dmsae.py` instead times one training step against dense autograd and against the encoder product alone."""
 import itertools
@@ -1396,15 +1396,22 @@ def test_eval_refuses_bad_input_in_one_line(words, says, story, lm, labels_csv, 
 
 # ---- README --------------------------------------------------------------------------------------------------------------
 def test_readme_commands_parse_and_its_claims_hold():
-    """Every `python dmsae.py` line of README.md must parse; snippets must run; line counts must be true."""
+    """Every `python dmsae.py` and `python eval.py` line of README.md must parse; line counts must be true; the JSON must be JSON."""
     readme = (HERE / "README.md").read_text()
     commands = re.findall(r"python dmsae\.py([^\n`#]*)", readme)
     assert len(commands) >= 4
     for c in commands:
         if "--help" not in c:
             dmsae.parse(shlex.split(c.split("&&")[0]))
-    claimed, = re.findall(r"`dmsae\.py` \((\d+) lines", readme)
-    assert int(claimed) == len((HERE / "dmsae.py").read_text().splitlines()) <= 900
+    commands = re.findall(r"python eval\.py([^\n`#]*)", readme)
+    assert len(commands) >= 3
+    for c in commands:
+        ev.parse(shlex.split(c))
+    for name, limit in ("dmsae", 900), ("eval", 600):
+        claimed, = re.findall(rf"`{name}\.py` \((\d+) lines", readme)
+        assert int(claimed) == len((HERE / f"{name}.py").read_text().splitlines()) <= limit
+    facts = json.loads(re.search(r"```json\n(.*?)```", readme, re.S)[1])
+    assert facts["templates"].keys() == facts["entities"]["Tom"].keys()
 
 def test_readme_snippets_run(story, lm, tmp_path, monkeypatch):
     """The three snippets must run as written, on a run folder of the README's name."""
