@@ -881,7 +881,7 @@ def run(cfg):
     counts = [f"{int((core.votes >= v).sum())} by {v} or more" for v in range(1, int(core.votes.max()) + 1)]
     peak = f", peak GPU memory {torch.cuda.max_memory_allocated(cfg.device) / 2**30:.1f} GiB" if cuda else ""
     print(f"distilled core: latents by how many trainings selected them: {', '.join(counts)}\n"
-          f"done in {(time.time() - clock) / 60:.1f} minutes{peak}; SAEs and cores are in {out}/cycle*")
+          f"done in {(time.time() - clock) / 60:.1f} minutes{peak}; SAEs and cores are in {out}/cycle*; next: python eval.py {out}")
 
 def main(argv=None, name="dmsae", work=lambda argv: run(parse(argv))):
     """The command line (eval.py's too). Returns the exit code: 0 done, 2 bad input, 130 interrupted."""

@@ -211,9 +211,9 @@ def absorption(task, sae, min_f1=0.6, min_letters=20, seed=0):
             rows.append(dict(first_letter=chr(97 + c), probe_f1=score[c].item(), num_probe_true_positives=len(full), main_f1=best,
                              full_absorption_rate=full.mean().item(), num_full_absorption=int(full.sum()), num_split_features=len(main),
                              fraction_0_6_0=now.mean().item(), fraction_0_3_2=published.mean().item(), main_latents=main.tolist()))
-    means = mean_of([r for r in rows if r["probe_f1"] > min_f1], ["full_absorption_rate", "fraction_0_6_0", "num_split_features"], std=True)
-    return means | mean_of(rows, ["fraction_0_3_2"]) | dict(
-        letters=int((score > min_f1).sum()), failed_letters=failed, train_words=len(y_train), test_words=len(y_test), details=rows)
+    good, keys = [r for r in rows if r["probe_f1"] > min_f1], ["full_absorption_rate", "fraction_0_6_0", "num_split_features"]
+    return mean_of(good, keys, std=True) | mean_of(rows, ["fraction_0_3_2"]) | dict(
+        letters=len(good), failed_letters=failed, train_words=len(y_train), test_words=len(y_test), details=rows)
 
 # ---- Labelled texts: sparse probing, TPP, SCR --------------------------------------------------------------------------
 HUB = {"fancyzhx/ag_news": (("text", "label"), None),  # the two of SAEBench's eight sets that `datasets` reads by itself
@@ -223,13 +223,13 @@ def labelled(source, columns=("text", "label"), only=None, budget=10**4, seed=0)
     """(texts, labels, spurious labels or None), n each, from a .csv or .jsonl file (or BadInput) or the first 20,000 rows of a hub dataset
     (or CannotRun); only: labels to take. At most 2500 a class (SAEBench: 2000 + 500), about `budget` in all, no class below 10."""
     from datasets import load_dataset
-    (text, label, spurious), kind = [*columns, *("label", "spurious")[len(columns) - 1:]][:3], {".csv": "csv", ".jsonl": "json"}.get(Path(source).suffix)
+    (text, label, spurious), kind = [*columns, *("label", "spurious")[len(columns) - 1:]][:3], source not in HUB and {".jsonl": "json"}.get(source[-6:], "csv")
     try:
         rows = load_dataset(kind or source, data_files=source if kind else None, split="train", streaming=True)
         rows = list(islice((r for r in rows if only is None or r[label] in only), None if kind else 20_000))
     except Exception as e:  # datasets, fsspec and pandas raise a dozen unrelated types
         raise (BadInput if kind else CannotRun)(f"{source}: cannot be read ({type(e).__name__}: {e}); --labelled FILE.csv works") from None
-    need(rows and {text, label, *columns} <= rows[0].keys(), f"{source}: has only {', '.join(*rows[:1])}, not {', '.join(columns)}; try --columns text label")
+    need(rows and {text, label, *columns} <= rows[0].keys(), f"{source}: has only {', '.join(rows[0]) if rows else 'no rows'}, not {', '.join(columns)}; try --columns text label")
     rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows)) if rows[i][text]]
     classes = [c for c, n in Counter(str(r[label]) for r in rows).items() if n >= 10]
     need(len(classes) > 1, f"{source}: column {label} has {len(classes)} classes of 10 texts or more; two are needed")
@@ -544,11 +544,11 @@ def run(args):
     source = f"held out by {home}" if own else f"the first of {cfg.text or cfg.dataset}, which the SAE may have been trained on"
     cfg = replace(cfg, text=None, separator=None, dataset=Config.dataset) if own else replace(cfg, tokens=max(cfg.batch, args.tokens), attribution_tokens=1)
     check(cfg)
-    lm, saes = model_config(cfg), [load_sae(f, cfg.device) for f in folders]
+    longest, saes = getattr(lm := model_config(cfg), "max_position_embeddings", cfg.ctx), [load_sae(f, cfg.device) for f in folders]
     for folder, sae, c in zip(folders, saes, configs):
-        need(c.model == cfg.model and sae.W_enc.shape[1] == lm.hidden_size and c.layer < lm.num_hidden_layers, f"{folder}: is of {c.model}, layer "
-             f"{c.layer}, width {sae.W_enc.shape[1]}; {cfg.model} has {lm.num_hidden_layers} layers, width {lm.hidden_size}; evaluate it apart, or give --model")
-    sources, texts = {path: (args.columns, None) for path in args.labelled} or HUB, {}
+        need((sae.W_enc.shape[1], c.model) == (lm.hidden_size, cfg.model) and c.layer < lm.num_hidden_layers and cfg.ctx <= longest, f"{folder}: {c.model}, layer "
+             f"{c.layer}, width {sae.W_enc.shape[1]}, --ctx {cfg.ctx}: {cfg.model} has {lm.num_hidden_layers} layers, width {lm.hidden_size}, --ctx up to {longest}")
+    sources, texts, cards = {path: (args.columns, None) for path in args.labelled} or HUB, {}, {}
     for name in sources if {"probing", "tpp", "scr"} & set(args.only) else ():
         try:
             texts[name] = labelled(name, *sources[name], args.tokens // 128, args.seed)
@@ -557,6 +557,7 @@ def run(args):
     runs = list(dict.fromkeys(f.parent for f in folders if (f.parent / "config.json").exists() and "stability" in args.only))
     out = args.out or args.folders[0] / "eval.json"
     path = next(p for p in (out, *(out.with_stem(f"{out.stem}-{i}") for i in range(2, 10**6))) if not p.exists())
+    path.with_name(path.name + ".part").touch()  # a folder that cannot be written is found out now
     from transformers import AutoTokenizer
     tokenizer, model = AutoTokenizer.from_pretrained(cfg.model), load_model(cfg)
     with tempfile.TemporaryDirectory() as tmp:
@@ -566,8 +567,7 @@ def run(args):
                   arguments={k: str(v) for k, v in vars(args).items()}, stability={str(r): stability(r) for r in runs},
                   agreement={f"{a} and {b}": agreement(a, b, args.seed) for a, b in combinations(runs, 2)},
                   saes=[dict(folder=str(f), layer=c.layer, metrics={}) for f, c in zip(folders, configs)])
-    cards, seeds = {}, range(args.seed, args.seed + args.seeds)
-    spelling = cache(lambda layer: letter_task(model, layer, tokenizer, text.bos, args.tokens, args.seed))
+    seeds, spelling = range(args.seed, args.seed + args.seeds), cache(lambda layer: letter_task(model, layer, tokenizer, text.bos, args.tokens, args.seed))
     for folder, entry, sae, c in zip(folders, report["saes"], saes, configs):
         where, pool = (model, c.layer), cache(lambda name: need(not isinstance(texts[name], CannotRun), texts[name], CannotRun)
                                              or pooled(model, c.layer, tokenizer, text, sae, texts[name][0]))

@@ -1371,7 +1371,8 @@ def test_the_page_escapes_and_shades(lm, story):
 
 @pytest.mark.parametrize("words, says", [
     (["/nowhere"], "neither a run folder"), (["RUN", "--only", "speed"], "invalid choice"), (["RUN", "--tokens", "0"], "--tokens 0"),
-    (["RUN", "--labelled", "/nowhere.csv"], "cannot be read"), (["RUN", "--labelled", "CSV", "--columns", "words", "label"], "--columns text label"),
+    (["RUN", "--labelled", "/nowhere.csv"], "cannot be read"), (["RUN", "--labelled", "EMPTY"], "columns text label"), (["RUN", "--labelled", "MD"], "cannot be read"),
+    (["RUN", "--ctx", "65"], "--ctx up to 64"), (["RUN", "--labelled", "ONE"], "two are needed"), (["RUN", "--labelled", "CSV", "--columns", "words", "label"], "--columns text label"),
     (["RUN", "--ravel", "BAD"], "must be like"), (["RUN", "--ravel", "/nowhere.json"], "No such file"), (["RUN", "--out", "/nowhere/eval.json"], "folder that exists"),
     (["RUN", "--out", "x.txt"], ".json"), (["RUN", "--model", "OTHER"], "width"), (["RUN", "--text", "/nowhere.txt"], "no such file"), ([], "required"),
     (["RUN", "--device", "cuda:9"], "--device"), (["HOOK"], "hook"), (["RUN", "--seeds", "x"], "invalid int")])
@@ -1385,7 +1386,9 @@ def test_eval_refuses_bad_input_in_one_line(words, says, story, lm, labels_csv, 
     if "HOOK" in words:
         (tmp_path / "hook").mkdir()
         (tmp_path / "hook" / "cfg.json").write_text(json.dumps(dict(metadata=dict(model_name="m", hook_name="blocks.0.hook_mlp_out"))))
-    real = dict(RUN=story, CSV=labels_csv / "t.csv", BAD=tmp_path / "bad.json", OTHER=tmp_path / "other", HOOK=tmp_path / "hook")
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    (tmp_path / "one.csv").write_text("text,label\n" + "x,1\n" * 30)
+    real = dict(RUN=story, EMPTY=tmp_path / "empty.csv", ONE=tmp_path / "one.csv", MD=HERE / "README.md", CSV=labels_csv / "t.csv", BAD=tmp_path / "bad.json", OTHER=tmp_path / "other", HOOK=tmp_path / "hook")
     before = sorted(story.rglob("*"))
     try:
         code = evaluation(*(real.get(w, w) for w in words), *(["--only", "probing"] if words[1:] and "--only" not in words else []))
