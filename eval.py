@@ -9,6 +9,7 @@ Each metric is a function of a language model, an SAE and data that returns a di
 import argparse
 import html
 import json
+import os
 import re
 import sys
 import tempfile
@@ -41,9 +42,8 @@ def descend(optimiser, batches, loss):
         optimiser.step()
 
 def logistic_regression(x, y, balanced=False):
-    """L2-regularised logistic regression, C = 1, intercept free (scikit-learn's objective), by LBFGS in float64. balanced
-    weighs both classes alike. x (n, d), y (n,) bool -> w (d,), b ()"""
-    x, y = x.double(), y.double()
+    """scikit-learn's L2 logistic regression, C = 1, by LBFGS in float64; balanced: classes weigh alike. x (n, d), y (n,) bool -> w (d,), b ()"""
+    given, (x, y) = x, (t.cpu().double() if t.device.type == "mps" else t.double() for t in (x, y))  # mps has no float64
     weight = torch.where(y > 0, len(y) / 2 / y.sum(), len(y) / 2 / (1 - y).sum()) if balanced else None
     wb = x.new_zeros(x.shape[1] + 1, requires_grad=True)
     def objective():
@@ -52,7 +52,7 @@ def logistic_regression(x, y, balanced=False):
         loss.backward()
         return loss
     torch.optim.LBFGS([wb], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe").step(objective)
-    return wb.detach()[:-1], wb.detach()[-1]
+    return wb.detach()[:-1].to(given), wb.detach()[-1].to(given)
 
 def train_letter_probes(x, y, batch, weight_decay, l1=0.0, seed=0):
     """A linear one-vs-rest probe for each letter: BCE with pos_weight negatives / positives plus l1 * mean over letters of
@@ -77,8 +77,7 @@ def train_probes(x, train, test, seed=0):
         descend(adam, torch.randperm(2 * m, generator=rng).to(x.device).split(16), lambda at: 1e-3 * W.abs().sum() + P
                 * F.binary_cross_entropy_with_logits(torch.einsum("pbd,pd->pb", x[train[:, at]], W) + b, y[:, at]))
         epochs.append(torch.cat([W, b], 1).detach())  # (P, D + 1)
-    best = torch.stack([accuracy(x, test, e[:, :-1], e[:, -1]) for e in epochs]).argmax(0)  # (P,)
-    kept = torch.stack(epochs)[best, torch.arange(P)]
+    kept = torch.stack(epochs)[torch.stack([accuracy(x, test, e[:, :-1], e[:, -1]) for e in epochs]).argmax(0), torch.arange(P)]
     return kept[:, :-1], kept[:, -1]
 
 def accuracy(x, test, W, b, change=0):
@@ -93,8 +92,7 @@ def next_token_sums(logits, reference, ids, keep):
     (_, T, V), ce, kl = logits.shape, 0.0, 0.0
     for at in keep.flatten().nonzero()[:, 0].split(max(1, 2**25 // V)):  # 128 MiB of float32 a tensor
         q, p = (t.flatten(0, 1)[at].float().log_softmax(-1) for t in (logits, reference))
-        source = at % T < T - 1  # a context's last position has no next token
-        ce += F.nll_loss(q[source], ids.flatten()[at[source] + 1], reduction="sum").item()
+        ce += F.nll_loss(q[at % T < T - 1], ids.flatten()[at[at % T < T - 1] + 1], reduction="sum").item()  # the last position has no next
         kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
     return ce, kl
 
@@ -105,8 +103,7 @@ def core_metrics(model, layer, text, ids, sae):
     (SAEBench 0.6.0); mse is per element, mse_saebench SAEBench's. BOS, EOS, PAD keep their residual; the ablation zeroes all positions."""
     s, (d_sae, D), widths = {}, sae.W_enc.shape, [sae.n_core, *sae.widths]
     edges, G, square = torch.tensor(widths, device=model.device), len(widths), lambda t: t.pow(2).sum(-1)
-    def add(**terms):
-        s.update({name: s.get(name, 0) + torch.as_tensor(t).cpu().double() for name, t in terms.items()})
+    add = lambda **terms: s.update({name: s.get(name, 0) + torch.as_tensor(t).cpu().double() for name, t in terms.items()})
     def run(edit):
         with spliced(model, layer, edit):
             return model(b, use_cache=False).logits  # (b, T, V)
@@ -146,7 +143,8 @@ def core_metrics(model, layer, text, ids, sae):
 # ---- First-letter absorption: does a latent for "starts with s" stay silent where a latent for one s-word fires? -------
 def residuals_at(model, layer, prompts, at, fill):
     """Residual stream of prompts (lists of ids), padded with `fill` on the right, at one position each, at (n,): (n, D)"""
-    x = []
+    limit, x = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9), []
+    need(max(map(len, prompts)) <= limit, f"a prompt of {max(map(len, prompts))} tokens is longer than the model's contexts of {limit}", CannotRun)
     for i in progress("prompts", range(0, len(prompts), 64)):
         ids = pad_sequence([torch.tensor(p) for p in prompts[i:i + 64]], True, fill).to(model.device)
         x.append(residual_stream(model, layer, ids)[torch.arange(len(ids)), at[i:i + 64]].float())
@@ -196,12 +194,13 @@ def absorption(task, sae, min_f1=0.6, min_letters=20, seed=0):
          f"--min-letters {min_letters} are asked for; F1 of the others: {failed}", CannotRun)
     f_train, f_test, f_fresh = (torch.cat([sae.encode(part) for part in x.split(2048)]) for x in (x_train, x_test, x_fresh))
     active = (f_train > 0).any(0).nonzero()[:, 0]  # a latent that never fires is no letter's
+    need(len(active), "no latent fires on any word", CannotRun)
     W, _ = train_letter_probes(f_train[:, active], y_train, 4096, 1e-6, l1=0.01, seed=seed)  # (26, active)
     for c in progress("absorption", range(26)):
         order, best, main = active[W[c].argsort(descending=True)], -1.0, None
         for k in range(1, 11):
             w, b = logistic_regression(f_train[:, order[:k]], y_train == c, balanced=True)
-            now = f1(f_test[:, order[:k]].double() @ w + b > 0, is_letter[:, c]).item()
+            now = f1(f_test[:, order[:k]] @ w + b > 0, is_letter[:, c]).item()
             if now <= best + 0.03:
                 break
             best, main = now, order[:k]
@@ -224,13 +223,14 @@ def labelled(source, columns=("text", "label"), only=None, budget=10**4, seed=0)
     (or CannotRun); only: labels to take. At most 2500 a class (SAEBench: 2000 + 500), about `budget` in all, no class below 10."""
     from datasets import load_dataset
     (text, label, spurious), kind = [*columns, *("label", "spurious")[len(columns) - 1:]][:3], source not in HUB and {".jsonl": "json"}.get(source[-6:], "csv")
+    raw = {"csv": dict(converters=dict.fromkeys((text, label, spurious), str))}.get(kind, {})  # without it an empty label would turn 1 into 1.0
     try:
-        rows = load_dataset(kind or source, data_files=source if kind else None, split="train", streaming=True)
+        rows = load_dataset(kind or source, data_files=source if kind else None, split="train", streaming=True, **raw)
         rows = list(islice((r for r in rows if only is None or r[label] in only), None if kind else 20_000))
     except Exception as e:  # datasets, fsspec and pandas raise a dozen unrelated types
         raise (BadInput if kind else CannotRun)(f"{source}: cannot be read ({type(e).__name__}: {e}); --labelled FILE.csv works") from None
     need(rows and {text, label, *columns} <= rows[0].keys(), f"{source}: has only {', '.join(rows[0]) if rows else 'no rows'}, not {', '.join(columns)}; try --columns text label")
-    rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows)) if rows[i][text]]
+    rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows)) if not {rows[i].get(key, 0) for key in (text, label, spurious)} & {None, ""}]
     classes = [c for c, n in Counter(str(r[label]) for r in rows).items() if n >= 10]
     need(len(classes) > 1, f"{source}: column {label} has {len(classes)} classes of 10 texts or more; two are needed")
     rows = [r for c in classes for r in [r for r in rows if str(r[label]) == c][:min(2500, max(10, budget // len(classes)))]]
@@ -254,8 +254,7 @@ def pooled(model, layer, tokenizer, text, sae, texts, ctx=128):
     return torch.cat(X), torch.cat(A)
 
 def one_vs_rest(labels, seed=0):
-    """A balanced task for each class, in sorted order: [(train (2, m), test (2, m'))], indices of texts, positives first;
-    negatives in equal shares from all other classes; 80/20."""
+    """[(train (2, m), test (2, m'))] for each class in sorted order: indices of texts, positives first; as many others, in equal shares; 80/20."""
     rng = np.random.default_rng(seed)
     def task(c, part):
         rest = rng.permutation(np.concatenate([at[:-(-len(part[c]) // (len(part) - 1))] for o, at in enumerate(part) if o != c]))
@@ -275,7 +274,7 @@ def sparse_probing(X, A, labels, seed=0, ks=(1, 2, 5)):
             seen = (data[train.flatten()] != 0).any(0).nonzero()[:, 0]  # a latent that never fires has no weight
             for key, at in (*((f"top_{k}_", order[:k]) for k in ks), ("", seen)):
                 w, b = logistic_regression(data[train.flatten()][:, at], y)
-                rows[-1][f"{name}_{key}test_accuracy"] = accuracy(data[test.flatten()][:, at].double(), here, w[None], b[None]).item()
+                rows[-1][f"{name}_{key}test_accuracy"] = accuracy(data[test.flatten()][:, at], here, w[None], b[None]).item()
     return mean_of(rows, [key for key in rows[0] if key.endswith("accuracy")]) | dict(texts=len(labels), details=rows)
 
 def drops(X, A, W_dec, test, W, b, effect, ns=(2, 5, 10, 20, 50, 100, 500)):
@@ -353,8 +352,8 @@ def ravel(model, layer, tokenizer, text, sae, facts, budget=10**6, seed=0):
         new = sae.decode(f_base + mask * (f_source - f_base))  # (b, D)
         return lambda h: h.index_put((torch.arange(len(base), device=h.device), at[base]), new.to(h.dtype))
     with torch.no_grad():
-        known = torch.cat([answer(i).argmax(1) == target[i] for i in torch.arange(len(rows)).split(64)]).cpu().numpy()
         x = residuals_at(model, layer, prompts, at, text.bos)  # (n, D)
+        known = torch.cat([answer(i).argmax(1) == target[i] for i in torch.arange(len(rows)).split(64)]).cpu().numpy()
     details, differ = [], np.not_equal.outer(columns[2], columns[2])  # (n, n)
     n_pairs = min(5000, int(budget / 1.7 / padded.shape[1] / len(facts["templates"])))  # each is read 2 x 0.7 + 0.3 times
     for attribute in facts["templates"]:
@@ -374,7 +373,7 @@ def ravel(model, layer, tokenizer, text, sae, facts, budget=10**6, seed=0):
         cause, isolation = (hit.cpu()[about[n:] == yes].double().mean().item() for yes in (True, False))
         details.append(dict(attribute=attribute, disentanglement_score=(cause + isolation) / 2, cause_score=cause, isolation_score=isolation,
                             latents=int((b > 0).sum()), train_pairs=n, test_pairs=len(hit)))
-    need(details, f"the model answers {known.sum()} of {len(known)} prompts, too few with different answers", CannotRun)
+    need(details, f"the model answers {known.sum()} of {len(known)} prompts: too few of two attributes with different answers, or --tokens too few", CannotRun)
     return mean_of(details, ["disentanglement_score", "cause_score", "isolation_score", "latents"]) | dict(
         prompts=len(known), prompts_known=int(known.sum()), attributes=", ".join(d["attribute"] for d in details), details=details)
 
@@ -435,9 +434,10 @@ def table(report):
 
 @torch.no_grad()
 def core_cards(model, layer, tokenizer, text, ids, sae, core, most=200, n=4, window=10):
-    """HTML of a Core's latents, the highest score first: facts, the 8 tokens that the decoder row raises most through final norm and
+    """HTML of a Core's `most` latents of highest score: facts, the 8 tokens that the decoder row raises most through final norm and
     unembedding, and the n contexts of ids (R, ctx) where it fires most, shaded by activation."""
-    a, index, acts, cards = tokenizer("a", add_special_tokens=False)["input_ids"], core.index[:most].to(model.device), [], []
+    total, core, acts, cards = core.score.sum(), replace(core, **{name: t[core.score.argsort(descending=True)[:most]] for name, t in vars(core).items()}), [], []
+    a, index = tokenizer("a", add_special_tokens=False)["input_ids"], core.index.to(model.device)
     words = lambda ids: [html.escape(t[len(tokenizer.decode(a)):].replace("\n", "↵")) for t in tokenizer.batch_decode([[*a, i] for i in ids.tolist()])]
     for b in progress("page", ids.to(model.device).split(max(1, 4096 // ids.shape[1]))):
         keep, f = text.keep(b), torch.zeros(*b.shape, len(index), device=model.device)
@@ -447,7 +447,7 @@ def core_cards(model, layer, tokenizer, text, ids, sae, core, most=200, n=4, win
     norm = next((m for name, m in model.base_model.named_children() if "norm" in name or name == "ln_f"), torch.nn.Identity())
     for i, latent in enumerate(index.tolist()):
         (peak, where), raised = acts[..., i].max(1), words((W_U @ norm(sae.W_dec[latent].to(W_U))).topk(8).indices)  # (R,), (R,)
-        cards.append(f"<hr><article><h3>{i + 1}. latent {latent}</h3><small>on {core.density[i]:.2%} of tokens; {core.score[i] / core.score.sum():.2%} of attribution; "
+        cards.append(f"<hr><article><h3>{i + 1}. latent {latent}</h3><small>on {core.density[i]:.2%} of tokens; {core.score[i] / total:.2%} of the core's attribution; "
                      f"votes {core.votes[i]}; born in training {core.birth[i, 0]}</small><p>raises " + "".join(f"<kbd>{t}</kbd>" for t in raised))
         for r in (r for r in peak.topk(min(n, len(peak))).indices if peak[r] > 0):
             s = slice(max(0, where[r] - window), where[r] + window + 1)
@@ -486,8 +486,7 @@ def page(report, cards):
     return "\n".join([f"<!doctype html><html lang=en>{HEAD}", *out, *(f"<h2>{e(title)}</h2>{latents}" for title, latents in cards.items()), "</html>\n"])
 
 # ---- The command line --------------------------------------------------------------------------------------------------
-METRICS = "core", "absorption", "probing", "tpp", "scr", "ravel", "stability"
-GIVEN = "model", "text", "dataset", "text_column", "separator", "ctx", "device"  # settings of dmsae.py that can be given anew
+METRICS, GIVEN = "core absorption probing tpp scr ravel stability".split(), "model text dataset text_column separator ctx device".split()
 
 def parse(argv=None):
     """Command line -> argparse's namespace. One line and exit code 2 on words that cannot be read; BadInput."""
@@ -502,14 +501,13 @@ def parse(argv=None):
     add("--min-letters", type=int, default=20, help="first letters that the model must spell for absorption (default 20)")
     add("--seed", type=int, default=0, help="seed of everything random (default 0)")
     add("--seeds", type=int, default=3, help="how many seeds, from --seed on, tpp and scr are averaged over (default 3)")
-    add("--html", action="store_true", help="write a page with charts, and a card for each core latent, beside the JSON")
+    add("--html", action="store_true", help="write a page with charts, and a card for each core latent (at most 200), beside the JSON")
     add("--out", type=Path, help="JSON file (default: eval.json in the first folder); nothing is overwritten")
     for f in (f for f in fields(Config) if f.name in GIVEN):
         add("--" + f.name.replace("_", "-"), type=f.type, help=f"in place of the SAE's own: {f.metadata['help']}")
     args = p.parse_args(argv)
     for name in "tokens", "seeds", "min_letters":
         need(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or above, for example {p.get_default(name)}")
-    need(not args.out or args.out.suffix == ".json" and args.out.parent.is_dir(), f"--out {args.out}: must be a .json file in a folder that exists")
     return args
 
 def config_of(folder, given):
@@ -520,7 +518,7 @@ def config_of(folder, given):
                      layer=int(re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", meta["hook_name"])[1])) | meta.get("config", {})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise BadInput(f"{folder}: is neither a run folder (cycle0, ...) nor the folder of an SAE of blocks.N.hook_resid_post ({e!r})") from None
-    known |= dict(device="auto", demo=False) | ({"text": None, "separator": None} if "dataset" in given else {}) | given
+    known |= dict(device="auto", demo=False, core=None) | ({"text": None, "separator": None} if {"text", "dataset"} & given.keys() else {}) | given
     need(known["model"], f"{folder}: does not name its language model; give it, for example --model google/gemma-2-2b")
     return Config(**{f.name: known[f.name] for f in fields(Config) if known.get(f.name) is not None})
 
@@ -548,21 +546,23 @@ def run(args):
     for folder, sae, c in zip(folders, saes, configs):
         need((sae.W_enc.shape[1], c.model) == (lm.hidden_size, cfg.model) and c.layer < lm.num_hidden_layers and cfg.ctx <= longest, f"{folder}: {c.model}, layer "
              f"{c.layer}, width {sae.W_enc.shape[1]}, --ctx {cfg.ctx}: {cfg.model} has {lm.num_hidden_layers} layers, width {lm.hidden_size}, --ctx up to {longest}")
+        n = sae.requires_grad_(False).W_dec.norm(dim=1).clamp_min(1e-8)  # unit decoder rows: the same function, but activations that compare
+        for t, factor in (sae.W_dec.T, 1 / n), (sae.W_enc.T, n), (sae.b_enc, n), (sae.threshold, n):
+            t.mul_(factor)
+    out = (args.out or args.folders[0] / "eval").with_suffix(".json")
+    path = next(p for p in (out, *(out.with_stem(f"{out.stem}-{i}") for i in range(2, 10**6))) if not p.exists())
+    need(os.access(path.parent, os.W_OK), f"--out {path}: must be in a folder that exists and can be written, for example --out eval.json")
     sources, texts, cards = {path: (args.columns, None) for path in args.labelled} or HUB, {}, {}
     for name in sources if {"probing", "tpp", "scr"} & set(args.only) else ():
         try:
             texts[name] = labelled(name, *sources[name], args.tokens // 128, args.seed)
         except CannotRun as why:
             texts[name] = why
-    runs = list(dict.fromkeys(f.parent for f in folders if (f.parent / "config.json").exists() and "stability" in args.only))
-    out = args.out or args.folders[0] / "eval.json"
-    path = next(p for p in (out, *(out.with_stem(f"{out.stem}-{i}") for i in range(2, 10**6))) if not p.exists())
-    path.with_name(path.name + ".part").touch()  # a folder that cannot be written is found out now
+    runs = list(dict.fromkeys(f.parent for f in folders if f in cycles(f.parent) and (f / "core.safetensors").exists() and "stability" in args.only))
     from transformers import AutoTokenizer
     tokenizer, model = AutoTokenizer.from_pretrained(cfg.model), load_model(cfg)
-    with tempfile.TemporaryDirectory() as tmp:
-        text = open_text(cfg, tokenizer, home if own else Path(tmp), lambda: None)
-        ids = text.contexts(slice(min(text.n_eval if own else len(text.rows), max(1, args.tokens // cfg.ctx))))
+    text = open_text(cfg, tokenizer, home if own else Path((tmp := tempfile.TemporaryDirectory()).name), lambda: None)
+    ids = text.contexts(slice(min(text.n_eval if own else len(text.rows), max(1, args.tokens // cfg.ctx))))
     report = dict(model=cfg.model, layer=cfg.layer, seed=args.seed, text=f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}",
                   arguments={k: str(v) for k, v in vars(args).items()}, stability={str(r): stability(r) for r in runs},
                   agreement={f"{a} and {b}": agreement(a, b, args.seed) for a, b in combinations(runs, 2)},
@@ -570,7 +570,7 @@ def run(args):
     seeds, spelling = range(args.seed, args.seed + args.seeds), cache(lambda layer: letter_task(model, layer, tokenizer, text.bos, args.tokens, args.seed))
     for folder, entry, sae, c in zip(folders, report["saes"], saes, configs):
         where, pool = (model, c.layer), cache(lambda name: need(not isinstance(texts[name], CannotRun), texts[name], CannotRun)
-                                             or pooled(model, c.layer, tokenizer, text, sae, texts[name][0]))
+                                             or pooled(model, c.layer, tokenizer, text, sae, texts[name][0], min(128, longest)))
         row = dict(zip(cycles(folder.parent), report["stability"].get(str(folder.parent), ()))).get(folder)
         actions = dict(core=lambda: core_metrics(*where, text, ids, sae), stability=lambda: need(row, "the SAE is in no run folder of dmsae.py",
                        CannotRun) or {k: row[k] for k in ("core", "kept", "new", "dropped", "jaccard", "identity_overlap")},

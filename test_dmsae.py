@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dmsae
@@ -950,7 +950,7 @@ def test_an_evaluation_changes_no_sae(lm, story):
 def test_logistic_regression_is_the_minimum(balanced):
     """At the result the gradient of scikit-learn's objective, written out here, must vanish."""
     torch.manual_seed(0)
-    x, y = torch.randn(60, 3), torch.rand(60) < 0.2
+    x, y = torch.randn(60, 3, dtype=torch.float64), torch.rand(60) < 0.2
     w, b = ev.logistic_regression(x, y, balanced)
     p = torch.sigmoid(x.double() @ w + b)
     weight = torch.where(y, 60 / (2 * y.sum()), 60 / (2 * (~y).sum())) if balanced else torch.ones(60)
@@ -1188,6 +1188,14 @@ def test_labelled_reads_files_evenly(tmp_path):
         with pytest.raises(dmsae.BadInput, match=says):
             ev.labelled(str(tmp_path / "t.jsonl"), columns)
 
+def test_missing_labels_make_no_classes(tmp_path):
+    """Rows without text, label or spurious label must be left out, and one missing label must not turn 1 into 1.0."""
+    rows = [f"text {i},{i % 2},{i % 3 % 2}" for i in range(12_000)]
+    rows[11_000], rows[11_001], rows[3] = "text,,1", "text,1,", ",1,1"
+    (tmp_path / "t.csv").write_text("text,label,era\n" + "\n".join(rows))
+    texts, labels, spurious = ev.labelled(str(tmp_path / "t.csv"), ("text", "label", "era"), budget=10**6)
+    assert Counter(labels) == {"0": 2500, "1": 2500} and set(spurious) == {"0", "1"} and "" not in texts
+
 def test_pooled_equals_text_by_text(lm):
     """Means over kept tokens must equal each text on its own, and zeroing latents must move the mean by -A W_dec of these."""
     (model, text, _), sae = held(lm), random_sae(n_core=0, dtype=torch.float32, d_model=32)
@@ -1335,6 +1343,35 @@ def test_eval_through_its_command_line(story, labels_csv, tmp_path, capsys):
         len(load_file(story / c / "core.safetensors")["votes"]) for c in ("cycle0", "cycle3"))
     assert html.count("<svg") == 3 and "born in 0" in html
 
+def test_scaled_decoder_rows_change_nothing(story, labels_csv, tmp_path):
+    """A foreign SAE whose latents are rescaled, the same function, must get the same figures; its folder's parent is no run."""
+    shutil.copytree(story / "cycle3", tmp_path / "hub" / "sae")
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    (tmp_path / "hub" / "sae" / "core.safetensors").unlink()
+    cfg = json.loads((story / "cycle3" / "cfg.json").read_text())
+    cfg["metadata"]["config"]["core"] = "/gone.safetensors"  # no longer needed, so no longer asked for
+    (tmp_path / "hub" / "sae" / "cfg.json").write_text(json.dumps(cfg))
+    w, s = weights(story, 3), 0.2 + torch.rand(128, generator=torch.Generator().manual_seed(0))
+    scaled = dict(W_enc=w["W_enc"] / s, b_enc=w["b_enc"] / s, threshold=w["threshold"] / s, W_dec=w["W_dec"] * s[:, None], b_dec=w["b_dec"])
+    save_file({k: v.contiguous() for k, v in scaled.items()}, tmp_path / "hub" / "sae" / "sae_weights.safetensors")
+    assert evaluation(story / "cycle3", tmp_path / "hub" / "sae", "--only", "core", "stability", "probing", "--labelled", labels_csv / "t.csv", "--html",
+                      "--tokens", 20_000, "--out", tmp_path / "e.json") == 0
+    one, two = (s["metrics"] for s in json.loads((tmp_path / "e.json").read_text())["saes"])
+    assert one["core"]["l1"] == pytest.approx(two["core"]["l1"], rel=1e-4) and one["core"]["fvu"] == pytest.approx(two["core"]["fvu"], rel=1e-4)
+    name = f"probing {labels_csv / 't.csv'}"
+    assert one[name]["sae_top_2_test_accuracy"] == pytest.approx(two[name]["sae_top_2_test_accuracy"], abs=0.05)
+    assert "no run folder" in two["stability"]["cannot_run"] and one["stability"]["core"] > 0
+
+def test_prompts_longer_than_the_model_are_no_numbers():
+    """Where a prompt does not fit into the model's contexts there must be a reason; a silent SAE must get no absorption."""
+    model, tokenizer, sae, _ = letters_world()
+    task = ev.letter_task(model, 0, tokenizer, 0)
+    with pytest.raises(ev.CannotRun, match="no latent fires"):
+        ev.absorption(task, ready_sae(sae.W_enc.detach(), sae.W_dec.detach(), math.inf))
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=1, max_position_embeddings=40))
+    with pytest.raises(ev.CannotRun, match="contexts of 40"):
+        ev.letter_task(model, 0, tokenizer, 0)
+
 def test_two_runs_and_jsonl_and_foreign_folder(story, lm, labels_csv, tmp_path, capsys):
     """A folder with only SAELens's metadata must be evaluated on a given text, and must say that it has no run; columns can be named."""
     foreign = tmp_path / "sae"
@@ -1373,8 +1410,8 @@ def test_the_page_escapes_and_shades(lm, story):
     (["/nowhere"], "neither a run folder"), (["RUN", "--only", "speed"], "invalid choice"), (["RUN", "--tokens", "0"], "--tokens 0"),
     (["RUN", "--labelled", "/nowhere.csv"], "cannot be read"), (["RUN", "--labelled", "EMPTY"], "columns text label"), (["RUN", "--labelled", "MD"], "cannot be read"),
     (["RUN", "--ctx", "65"], "--ctx up to 64"), (["RUN", "--labelled", "ONE"], "two are needed"), (["RUN", "--labelled", "CSV", "--columns", "words", "label"], "--columns text label"),
-    (["RUN", "--ravel", "BAD"], "must be like"), (["RUN", "--ravel", "/nowhere.json"], "No such file"), (["RUN", "--out", "/nowhere/eval.json"], "folder that exists"),
-    (["RUN", "--out", "x.txt"], ".json"), (["RUN", "--model", "OTHER"], "width"), (["RUN", "--text", "/nowhere.txt"], "no such file"), ([], "required"),
+    (["RUN", "--ravel", "BAD"], "must be like"), (["RUN", "--ravel", "/nowhere.json"], "No such file"), (["RUN", "--out", "/nowhere/eval.json"], "--out /nowhere/eval.json"),
+    (["RUN", "--model", "OTHER"], "width"), (["RUN", "--text", "/nowhere.txt"], "no such file"), ([], "required"),
     (["RUN", "--device", "cuda:9"], "--device"), (["HOOK"], "hook"), (["RUN", "--seeds", "x"], "invalid int")])
 def test_eval_refuses_bad_input_in_one_line(words, says, story, lm, labels_csv, tmp_path, capsys):
     """One line that says what is wrong, exit code 2, and nothing written."""
