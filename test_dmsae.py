@@ -1,4 +1,4 @@
-"""Tests of dmsae.py and eval.py: every name is a claim. No network, no GPU; tiny sizes; a minute on two cores.
+"""Tests of dmsae.py and eval.py: every name is a claim. No network, no GPU; tiny sizes; a minute and a half on two cores.
 
 `python test_dmsae.py` instead times one training step against dense autograd and against the encoder product alone."""
 import itertools
