@@ -550,7 +550,7 @@ def run(args):
         for t, factor in (sae.W_dec.T, 1 / n), (sae.W_enc.T, n), (sae.b_enc, n), (sae.threshold, n):
             t.mul_(factor)
     out = (args.out or args.folders[0] / "eval").with_suffix(".json")
-    path = next(p for p in (out, *(out.with_stem(f"{out.stem}-{i}") for i in range(2, 10**6))) if not p.exists())
+    path = next(p for p in (out, *(out.with_stem(f"{out.stem}-{i}") for i in range(2, 10**6))) if not (p.exists() or p.with_suffix(".html").exists()))
     need(os.access(path.parent, os.W_OK), f"--out {path}: must be in a folder that exists and can be written, for example --out eval.json")
     sources, texts, cards = {path: (args.columns, None) for path in args.labelled} or HUB, {}, {}
     for name in sources if {"probing", "tpp", "scr"} & set(args.only) else ():
@@ -578,8 +578,8 @@ def run(args):
                        ravel=lambda: ravel(*where, tokenizer, text, sae, facts, args.tokens, args.seed))
         for name in texts:
             actions |= {f"probing {name}": lambda name=name: sparse_probing(*pool(name), texts[name][1], args.seed),
-                        f"tpp {name}": lambda name=name: tpp(*pool(name), texts[name][1], sae.W_dec.detach(), seeds),
-                        f"scr {name}": lambda name=name: scr(*pool(name), *texts[name][1:], sae.W_dec.detach(), seeds)}
+                        f"tpp {name}": lambda name=name: tpp(*pool(name), texts[name][1], sae.W_dec, seeds),
+                        f"scr {name}": lambda name=name: scr(*pool(name), *texts[name][1:], sae.W_dec, seeds)}
         for metric, action in actions.items():
             if metric.split()[0] in args.only:
                 try:

@@ -1343,6 +1343,14 @@ def test_eval_through_its_command_line(story, labels_csv, tmp_path, capsys):
         len(load_file(story / c / "core.safetensors")["votes"]) for c in ("cycle0", "cycle3"))
     assert html.count("<svg") == 3 and "born in 0" in html
 
+def test_another_text_and_an_older_page(story, lm, tmp_path):
+    """A given text must not be cut by the separator of the run's own; a page must not be overwritten even where its JSON is gone."""
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(dict(text=d)) for d in (lm / "text.txt").read_text().split("|||")))
+    (tmp_path / "e.html").write_text("precious")
+    assert evaluation(story / "cycle0", "--only", "core", "stability", "--text", tmp_path / "t.jsonl", "--tokens", 5_000, "--html", "--out", tmp_path / "e.json") == 0
+    assert (tmp_path / "e.html").read_text() == "precious" and (tmp_path / "e-2.html").exists() and not (tmp_path / "e.json").exists()
+    assert "t.jsonl" in json.loads((tmp_path / "e-2.json").read_text())["text"]
+
 def test_scaled_decoder_rows_change_nothing(story, labels_csv, tmp_path):
     """A foreign SAE whose latents are rescaled, the same function, must get the same figures; its folder's parent is no run."""
     shutil.copytree(story / "cycle3", tmp_path / "hub" / "sae")
