@@ -1,6 +1,4 @@
-"""Distilled Matryoshka Sparse Autoencoders (DMSAE) in one file.
-
-After "Attribution-Guided Distillation of Matryoshka Sparse Autoencoders" (Martin-Linares & Ling, arXiv 2512.24975):
+"""Distilled Matryoshka Sparse Autoencoders (DMSAE) in one file (Martin-Linares & Ling 2025, arXiv 2512.24975):
 
     core = nothing
     for n in 0 .. cycles:  # training 0 has no core: it is the plain Matryoshka BatchTopK baseline
@@ -12,46 +10,32 @@ After "Attribution-Guided Distillation of Matryoshka Sparse Autoencoders" (Marti
     python dmsae.py --demo                    everything in miniature, no network, no GPU: 3 min 41 s on two CPU cores
     python dmsae.py --cycles 5 --k 64         google/gemma-2-2b, layer 12, 65,536 latents, one GPU
 
-Letters in the shape comments: B tokens in a batch, T tokens in a context, D = d_model, F = d_sae, G prefixes, C core
-latents, M = C + the width of prefix 0, n survivors of BatchTopK. W_enc and W_dec are both (F, D): one row per latent.
-Parents: Bussmann et al. 2025 (Matryoshka, arXiv 2503.17547), Bussmann et al. 2024 (BatchTopK, 2412.06410), Gao et al. 2024
-(TopK and the dead-latent loss, 2406.04093), Karvonen et al. 2025 (SAEBench, 2503.09532).
+Shapes: B tokens in a batch, T in a context, D = d_model, F = d_sae, G prefixes, C core latents, M = C + the width of prefix 0,
+n survivors of BatchTopK. W_enc and W_dec are both (F, D): one row per latent. Parents: Bussmann et al. 2025 (Matryoshka, arXiv
+2503.17547), Bussmann et al. 2024 (BatchTopK, 2412.06410), Gao et al. 2024 (TopK and the dead-latent loss, 2406.04093), Karvonen
+et al. 2025 (SAEBench, 2503.09532).
 """
-import argparse
-import importlib.util
-import json
-import math
-import re
-import shutil
-import signal
-import sys
-import sysconfig
-import time
-import warnings
-import zlib
-from contextlib import ExitStack, contextmanager
+import argparse, contextlib, datetime, importlib.util, itertools, json, math, os, re, resource, shutil, signal, sys, sysconfig, time, warnings, zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.benchmark
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
 # ---- Settings: the dataclass is the only place where a default is written; the command line is generated from it -------
-class BadInput(ValueError):
-    """Something the user can mend. main() prints its one line and exits with 2."""
-
+class BadInput(ValueError): """Something the user can mend. main() prints its one line and exits with 2."""
 def need(ok, message, error=BadInput):
     """Raise BadInput, or another error, unless ok."""
-    if not ok:
-        raise error(message)
-
-def opt(default, help, choices=None, **words):
-    """A dataclass field that carries the words for argparse."""
+    if not ok: raise error(message)
+def opt(default, help, choices=None, **words):  # a dataclass field that carries the words for argparse
     return field(default=default, metadata=dict(help=help, choices=choices, **words))
 
 @dataclass
@@ -67,16 +51,15 @@ class Config:
     tokens: int = opt(100_000_000, "tokens for each training (the paper: 500_000_000); a shorter text is repeated")
     d_sae: int = opt(65536, "number of latents, core included")
     k: int = opt(64, "active latents per token that BatchTopK leaves on average (L0)")
-    prefixes: tuple = opt((1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "ascending nested widths, core not counted: fractions of "
-                          "d_sae that end in 1, or numbers of latents that end in d_sae", type=float, nargs="+")
+    prefixes: tuple = opt((1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "nested widths without the core, as shares or numbers of d_sae", type=float, nargs="+")
     batch: int = opt(4096, "tokens per training step")
     lr: float = opt(3e-4, "peak learning rate of Adam")
     cycles: int = opt(5, "distillation cycles: trainings 0..cycles, where training 0 is the plain baseline")
     coverage: float = opt(0.9, "share of the attribution that the core must hold")
     select: str = opt("attribution", "what chooses the core; two controls of the same size", ("attribution", "frequency", "random"))
     core: str = opt(None, "core.safetensors file to start training 0 with")
-    core_sparsity: str = opt("dynamic", "the core is outside BatchTopK, the rest shrinking (dynamic) or not (exempt); in it "
-                             "(compete); dynamic with its gate of birth (gated)", ("dynamic", "exempt", "compete", "gated"))
+    core_sparsity: str = opt("dynamic", "core outside BatchTopK, the rest shrinks (dynamic) or not (exempt); in it (compete); dynamic "
+                             "with its gate of birth (gated)", ("dynamic", "exempt", "compete", "gated"))
     core_decoder: str = opt("encoder", "where a core latent's decoder row starts", ("encoder", "random"))
     attribution_agg: str = opt("mean", "over tokens: mean |a|, |mean a|, 0.99 quantile of |a|", ("mean", "signed", "quantile"))
     attribution_error: bool = opt(False, "add the SAE's error back, so that gradients are those of the unspliced model")
@@ -85,102 +68,118 @@ class Config:
     device: str = opt("auto", "cuda, cuda:N, mps or cpu; auto is the first of these that is there")
     out: str = opt(None, "run folder, resumed by the same command (default: runs/<model>_k<k>_seed<seed>)")
     checkpoint_minutes: float = opt(5.0, "minutes of work between checkpoints")
+    transfer_k: tuple = opt((), "then train SAEs of the distilled core with these k, on the same blocks", type=int, nargs="+")
+    cache: str = opt(None, "folder that keeps harvested activations for later cycles and for other runs on the same text")
+    cache_gb: float = opt(None, "how much --cache may hold; what is beyond is harvested every time (default: all)")
+    compile: bool = opt(True, "torch.compile the harvested layers; only on CUDA, where triton is there")
+    dry_run: bool = opt(False, "time every phase of this very command on random tokens, print what it would take, and stop")
+    random_init: bool = opt(False, "with --dry-run: random weights, so that nothing is downloaded for gemma-2-2b")
     demo: bool = opt(False, "miniature settings, and a small Gemma-2 trained on the spot on Python's own documentation")
-
     def __post_init__(self):
         self.out = self.out or f"runs/{'demo' if self.demo else Path(self.model).name}_k{self.k}_seed{self.seed}"
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device = best if self.device == "auto" else self.device
         if self.demo and self.model == Config.model:
             self.model, self.text = f"{self.out}/model", self.text or f"{self.out}/model/text.jsonl"
-        self.demo_builds = self.demo and self.model == f"{self.out}/model" and not Path(self.model).exists()
-
+    @property
+    def demo_builds(self):  # whether the demo's language model has still to be trained
+        return self.demo and self.model == f"{self.out}/model" and not Path(self.model).exists()
     def widths(self, n_core=0):
-        """Cumulative prefix widths with a core of n_core latents, core included: (G,) ints. The core takes its place
-        inside d_sae, so it is the last group that shrinks; BadInput where nothing of it is left."""
-        m = [round(p * self.d_sae) if max(self.prefixes) <= 1 else int(p) for p in self.prefixes]
-        need(all(a < b for a, b in zip([0, *m], m)) and m[-1] == self.d_sae, f"--prefixes {' '.join(map(str, self.prefixes))}: "
-             f"must ascend from above 0 and end in 1 or in d_sae ({self.d_sae}), for example --prefixes 0.0625 0.25 1")
-        inner = m[-2] if len(m) > 1 else 0
-        need(n_core + inner < self.d_sae, f"--d-sae {self.d_sae}: must be above the core ({n_core}) plus the inner "
-             f"prefixes ({inner}), for example --d-sae {2 * max(n_core, self.d_sae)}")
-        return [n_core + w for w in m[:-1]] + m[-1:]
+        """Cumulative widths of the prefixes, (G,) ints, with a core of n_core latents in each; the last group shrinks by it. BadInput"""
+        m = [0, *(round(p * self.d_sae) if max(self.prefixes) <= 1 else int(p) for p in self.prefixes)]
+        need(all(a < b for a, b in zip(m, m[1:])) and m[-1] == self.d_sae, f"--prefixes {' '.join(map(str, self.prefixes))}: must ascend "
+             f"from above 0 and end in 1 or in d_sae ({self.d_sae}), for example --prefixes 0.0625 0.25 1")
+        need(n_core + m[-2] < m[-1], f"--d-sae {m[-1]}: must be above the core ({n_core}) plus the inner prefixes ({m[-2]})")
+        return [n_core + w for w in m[1:-1]] + m[-1:]
 
 KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # what `datasets` calls them
 DEMO = dict(layer=1, ctx=128, tokens=400_000, d_sae=2048, k=16, batch=1024, lr=2e-3, cycles=3, attribution_tokens=60_000)
 
 def parse(argv=None):
     """Command line -> Config. One line and exit code 2 on words that cannot be read."""
-    p = argparse.ArgumentParser("dmsae.py", description="Distilled Matryoshka Sparse Autoencoders.", allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser("dmsae.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = lambda message: p.exit(2, f"dmsae: {message}; python dmsae.py --help shows all flags\n")
     for f in fields(Config):
-        words = (dict(help=f.metadata["help"], action=argparse.BooleanOptionalAction) if f.type is bool else
-                 {"type": f.type, **f.metadata})
-        p.add_argument("--" + f.name.replace("_", "-"), default=f.default, **words)
+        words = dict(type=f.type) if f.type is not bool else dict(action=argparse.BooleanOptionalAction)
+        p.add_argument("--" + f.name.replace("_", "-"), default=f.default, **words | {k: v for k, v in f.metadata.items() if v})
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), a) for a in (sys.argv[1:] if argv is None else argv)]
-    if "--demo" in argv:
-        p.set_defaults(**DEMO)
-    args = vars(p.parse_args(argv))
-    return Config(**{**args, "prefixes": tuple(args["prefixes"])})
-
+    if "--demo" in argv: p.set_defaults(**DEMO)
+    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in vars(p.parse_args(argv)).items()})
 def check(cfg):
     """Refuse impossible settings before anything is downloaded or trained. BadInput."""
-    least = dict(d_sae=2, k=1, batch=1, tokens=1, attribution_tokens=1, ctx=4, lr=1e-12)
+    least, world = dict(d_sae=2, k=1, batch=1, tokens=1, attribution_tokens=1, ctx=4, lr=1e-12), int(os.environ.get("WORLD_SIZE", 1))
     for name in (*least, "cycles", "layer", "seed", "checkpoint_minutes"):
         value, low = getattr(cfg, name), least.get(name, 0)
         need(value >= low, f"--{name.replace('_', '-')} {value}: must be {low} or above, for example {getattr(Config, name)}")
-    need(cfg.k < cfg.d_sae, f"--k {cfg.k}: must be below d_sae ({cfg.d_sae}), for example {max(1, cfg.d_sae // 64)}")
+    for flag, ks in ("--k", [cfg.k]), ("--transfer-k", cfg.transfer_k):
+        need(all(0 < k < cfg.d_sae for k in ks) and len({*ks}) == len(ks), f"{flag} {' '.join(map(str, ks))}: must be above 0 and below d_sae "
+             f"({cfg.d_sae}), none twice, for example {max(1, cfg.d_sae // 64)}")
     need(cfg.tokens >= cfg.batch, f"--tokens {cfg.tokens}: must be one batch ({cfg.batch}) or more, for example {1000 * cfg.batch}")
+    least = world * max(64, cfg.ctx // 64)
+    need(world == 1 or cfg.batch >= least, f"--batch {cfg.batch}: must be {least} or above with {world} processes, for example {4 * least}")
+    need(cfg.cache_gb is None or cfg.cache and cfg.cache_gb > 0, f"--cache-gb {cfg.cache_gb}: must be above 0, beside --cache DIR")
+    need(cfg.dry_run or not cfg.random_init, "--random-init: needs --dry-run; a random model has nothing to distil")
     need(0 < cfg.coverage <= 1, f"--coverage {cfg.coverage}: must be above 0 and at most 1, for example 0.9")
     cfg.widths()
     for flag, path in ("--core", cfg.core), ("--text", None if cfg.demo_builds else cfg.text):
         need(path is None or Path(path).is_file(), f"{flag} {path}: there is no such file")
     need(not cfg.text or Path(cfg.text).suffix in KINDS, f"--text {cfg.text}: must end in {', '.join(KINDS)}")
-    need(cfg.separator is None or cfg.separator and (cfg.text or "").endswith(".txt"), f"--separator {cfg.separator!r}: needs "
-         "a .txt file and must not be empty, for example --text stories.txt --separator '<|endoftext|>'")
-    need("pile-uncopyrighted" not in cfg.dataset or cfg.text or importlib.util.find_spec("zstandard"),
-         f"--dataset {cfg.dataset}: is zstd-compressed; pip install zstandard, or use {Config.dataset}")
-    try:
-        torch.empty(0, device=cfg.device)
-    except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"--device {cfg.device}: cannot be used here, try --device cpu ({e})") from None
+    need(cfg.separator is None or cfg.separator and (cfg.text or "").endswith(".txt"),
+         f"--separator {cfg.separator!r}: must not be empty, and needs a .txt file, for example --text stories.txt --separator '<|endoftext|>'")
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * bool(cards) + cards
+    need(cfg.device in there, f"--device {cfg.device}: must be auto, or what is here: {', '.join(there)}")
+
+# ---- Several processes (torchrun): each harvests and encodes its share of a batch; sums over the batch are all-reduced -----
+def place():  # (rank of this process, number of processes)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def over_all(t, op=dist.ReduceOp.SUM):
+    """Reduce t over all processes, in place. Returns t."""
+    if dist.is_initialized(): dist.all_reduce(t, op)
+    return t
+def joined(t):
+    """The 1-D tensors t of all processes, one after the other; and where this process's begins."""
+    rank, world = place()
+    if world == 1: return t, 0
+    sizes = over_all(torch.tensor([len(t) * (r == rank) for r in range(world)], device=t.device)).tolist()
+    return over_all(F.pad(t, (sum(sizes[:rank]), sum(sizes[rank + 1:])))), sum(sizes[:rank])
 
 # ---- Text: documents -> one flat stream of token ids on disk -> contexts -----------------------------------------------
 def documents(cfg):
     """Yield the documents of --text or --dataset, one str each. BadInput where they cannot be read."""
     from datasets import load_dataset
-    local = cfg.text and KINDS[Path(cfg.text).suffix]
-    whole = dict(sample_by="document") if local == "text" else {}
+    kind = KINDS[Path(cfg.text).suffix] if cfg.text else cfg.dataset
     try:
-        for row in load_dataset(local or cfg.dataset, data_files=cfg.text, split="train", streaming=True, **whole):
+        for row in load_dataset(kind, data_files=cfg.text, split="train", streaming=True, **dict(sample_by="document") if kind == "text" else {}):
             doc = row.get(cfg.text_column)
             need(isinstance(doc, str), f"--text-column {cfg.text_column}: holds no text; the columns are {', '.join(row)}")
             yield from doc.split(cfg.separator) if cfg.separator else [doc]
     except Exception as e:  # datasets, fsspec and pyarrow raise a dozen unrelated types for a source that they cannot read
         raise e if isinstance(e, BadInput) else BadInput(f"{cfg.text or cfg.dataset}: is no readable text ({type(e).__name__}: {e})")
-
 def tokenize(docs, tokenizer, bos, limit, path):
-    """Write `doc BOS doc BOS ...` to `path` as flat int32 ids, at most `limit`. Returns how many. why on disk: every
-    training reads the same text, any context is reached directly, and a resumed run does not tokenise again."""
+    """Write `doc BOS doc BOS ...` to `path` as flat int32 ids, at most `limit`. Returns how many. why on disk: every training
+    reads the same text, any context is reached directly, and a resumed run does not tokenise again."""
     n, docs = 0, iter(docs)
     with open(path, "wb") as f, progress("tokenise", total=limit, unit="tok") as bar:
-        while n < limit and (batch := [doc for _, doc in zip(range(512), docs)]):
+        for batch in ahead(iter(lambda: list(itertools.islice(docs, 512)), [])):
             ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
             flat = np.concatenate([np.array([*i, bos] if i else [], dtype=np.int32) for i in ids])[:limit - n]
             f.write(flat.tobytes())
             n += len(flat)
             bar.update(len(flat))
+            if n == limit: break
     return n
-
-def progress(name, items=None, **words):
-    """A progress bar on a terminal, nothing in a log."""
-    return tqdm(items, desc=name, unit_scale=True, disable=None, leave=False, **words)
-
-def generator(*place):
-    """A CPU generator seeded by its place (seed, cycle, block, ...). why: then there is no generator state to save."""
+def ahead(items):
+    """The same items, each made by a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        items, coming = iter(items), None
+        while (item := (coming or thread.submit(next, items, None)).result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+def progress(name, items=None, **words):  # a bar of process 0 on a terminal, nothing in a log
+    return tqdm(items, desc=name, unit_scale=True, disable=place()[0] > 0 or None, leave=False, **words)
+def generator(*place):  # seeded by its place (seed, training, block, ...). why: then there is no generator state to save
     return torch.Generator().manual_seed(zlib.crc32(repr(place).encode()))
-
 @dataclass
 class Text:
     """A run's text as R contexts of token ids: which are held out, and which tokens the SAE never sees."""
@@ -189,113 +188,93 @@ class Text:
     special: torch.Tensor  # why: Gemma's BOS residual is so large that it is all an SAE would learn; EOS and PAD likewise
     n_eval: int  # contexts 0..n_eval-1 are held out. why two sets: a core must not be judged on the tokens that chose it
     n_attribution: int  # the next ones, held out too
-
     def contexts(self, at):
         """Contexts number `at` (n, or a slice), BOS first: (n, ctx) int64."""
         return F.pad(torch.from_numpy(self.rows[at].astype(np.int64)), (1, 0), value=self.bos)
-
     def block(self, number, n, seed):
         """The n contexts of training block `number`: (n, ctx). At its end the text starts again."""
         held = self.n_eval + self.n_attribution
         order = torch.randperm(len(self.rows) - held, generator=generator(seed, "contexts")).numpy()
         return self.contexts(held + order[np.arange(number * n, (number + 1) * n) % len(order)])
-
     def keep(self, ids):
         """True where the SAE reads and replaces: every token but BOS, EOS and PAD. Same shape as ids."""
         return ~torch.isin(ids, self.special.to(ids.device))
-
 def open_text(cfg, tokenizer, out, commit):
     """Tokenise the text once into OUT/tokens.bin, or find it there. `commit` is called when the text has proved good."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     need(bos is not None, f"--model {cfg.model}: its tokenizer has neither a BOS nor an EOS token")
-    path, width = out / "tokens.bin", cfg.ctx - 1
+    path, part, width = out / "tokens.bin", out / "tokens.bin.part", cfg.ctx - 1
     n_eval, n_attribution = -(-131072 // width), -(-cfg.attribution_tokens // width)  # 131,072: our choice
     if not path.exists():
         limit = int(1.02 * cfg.tokens) + (n_eval + n_attribution) * width  # 2 %: special positions do not count
-        n = tokenize(documents(cfg), tokenizer, bos, limit, out / "tokens.bin.part")
-        need(n >= 3 * width, f"{cfg.text or cfg.dataset}: holds {n} tokens, but needs three contexts of {cfg.ctx} (to train, to "
-             f"evaluate, to attribute); give more text{f', or --ctx {n // 4}' if n >= 16 else ''}")
+        n = tokenize(documents(cfg), tokenizer, bos, limit, part)
+        need(n >= 3 * width, f"{cfg.text or cfg.dataset}: holds {n} tokens, not three contexts of {cfg.ctx}; give more, or a smaller --ctx")
         commit()
-        (out / "tokens.bin.part").replace(path)
-    rows = np.memmap(path, np.int32, "r")
-    rows = rows[:len(rows) // width * width].reshape(-1, width)
+        part.replace(path)
+    rows = np.memmap(path, np.int32, "r", shape=(path.stat().st_size // 4 // width, width))
     held = max(2, min(n_eval + n_attribution, len(rows) // 10))
-    special = {bos, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-    n_eval = min(n_eval, held // 2)
+    special, n_eval = {bos, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}, min(n_eval, held // 2)
     return Text(rows, bos, torch.tensor(sorted(special)), n_eval, held - n_eval)
 
 # ---- The language model: read a layer, replace a layer -----------------------------------------------------------------
 def model_config(cfg):
     """The language model's configuration, before its weights are fetched. BadInput with what to do."""
-    if cfg.demo_builds:
-        return demo_config()
-    from transformers import AutoConfig
+    if cfg.demo_builds: return demo_config()
+    from transformers import AutoConfig, Gemma2Config
+    if cfg.random_init and Path(cfg.model).name == "gemma-2-2b": return Gemma2Config()  # its defaults are Gemma-2-2B's
     try:
         return AutoConfig.from_pretrained(cfg.model).get_text_config()
     except (OSError, ValueError) as e:
         gated = f"accept the licence on https://huggingface.co/{cfg.model}, then run `hf auth login`. " * ("google/" in cfg.model)
         raise BadInput(f"--model {cfg.model}: cannot be loaded. {gated}--demo needs no download. ({e})") from None
-
+def can_compile(cfg):  # by default: its code generator is there
+    return cfg.compile and cfg.device.startswith("cuda") and importlib.util.find_spec("triton")
 def load_model(cfg):
-    """The frozen language model, bfloat16 on CUDA, else float32."""
-    from transformers import AutoModelForCausalLM, utils
-    if not sys.stderr.isatty():
-        utils.logging.disable_progress_bar()
-    # why: SDPA would silently drop Gemma-2's attention soft-capping
-    eager = {"attn_implementation": "eager"} if getattr(model_config(cfg), "attn_logit_softcapping", None) else {}
-    dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype, **eager)
+    """The frozen language model, bfloat16 on CUDA, else float32; its harvested layers compiled where cfg.compile says so."""
+    from transformers import AutoModelForCausalLM as Auto, utils
+    if not sys.stderr.isatty(): utils.logging.disable_progress_bar()
+    lm, words = model_config(cfg), dict(dtype=torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32)
+    if getattr(lm, "attn_logit_softcapping", None):
+        words["attn_implementation"] = "eager"  # why: SDPA would silently drop Gemma-2's attention soft-capping
+    model = Auto.from_config(lm, **words) if cfg.random_init or cfg.demo_builds else Auto.from_pretrained(cfg.model, **words)
+    for layer in decoder_layers(model)[:cfg.layer + 1] if can_compile(cfg) else ():
+        layer.forward = torch.compile(layer.forward)  # why not the whole model: `spliced` hooks in between
     return model.to(cfg.device).eval().requires_grad_(False)
-
 def decoder_layers(model):
     """The ModuleList of decoder layers, whatever the architecture calls it."""
     n = model.config.get_text_config().num_hidden_layers
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
-
-@contextmanager
+@contextlib.contextmanager
 def spliced(model, layer, edit):
     """While open, the output h (b, T, D) of decoder layer `layer` is replaced by edit(h)."""
     def hook(module, args, out):  # transformers 4 returns a tuple here, transformers 5 the tensor
         return (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
-    handle = decoder_layers(model)[layer].register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-class _Stop(Exception):
-    """Carries a layer's output out of the model, so that later layers and the LM head never run."""
-
+    with decoder_layers(model)[layer].register_forward_hook(hook): yield
 @torch.no_grad()
 def residual_stream(model, layer, ids):
     """Output of decoder layer `layer` (resid_post) for token ids (b, T): (b, T, D)."""
-    def stop(h):
-        raise _Stop(h)
+    class Reached(Exception): """Carries the output out of the model, so that later layers and the LM head never run."""
+    def stop(h): raise Reached(h)
     try:
-        with spliced(model, layer, stop):
-            model(ids, use_cache=False)
-    except _Stop as reached:
+        with spliced(model, layer, stop): model(ids, use_cache=False)
+    except Reached as reached:
         return reached.args[0]
-
 def harvest(model, layer, text, ids):
     """Residual stream of contexts (R, ctx) at every kept position: (tokens, D) in the model's dtype, on its device."""
-    tokens = 16384 if model.device.type == "cuda" else 4096  # at once: what fills a GPU, what a CPU's caches hold
-    ids = ids.to(model.device).split(max(1, tokens // ids.shape[1]))
-    return torch.cat([residual_stream(model, layer, b)[text.keep(b)] for b in ids])
-
+    tokens, acts = 16384 if model.device.type == "cuda" else 4096, []  # at once: what fills a GPU, what a CPU's caches hold
+    for b in ids.split(max(1, tokens // ids.shape[1])):
+        at = text.keep(b).flatten().nonzero()[:, 0]  # why on the CPU: a mask on the device would be a sync
+        acts.append(residual_stream(model, layer, b.to(model.device)).flatten(0, 1)[at.to(model.device)])
+    return torch.cat(acts)
 def spliced_losses(model, layer, text, ids, edit):
-    """Run contexts ids (R, ctx) with the layer's output h (b, T, D) replaced by edit(h, keep (b, T)); for every b contexts
-    yield the next-token loss in nats, summed over kept source positions (Karvonen et al. 2025), and their number. b is such
-    that float32 logits stay within 1 GiB. why: Gemma has 256,000 of them a token."""
-    n = max(1, min(16384, 2**28 // model.config.get_text_config().vocab_size) // ids.shape[1])
+    """Run contexts ids (R, ctx) with the layer's output h (b, T, D) replaced by edit(h, keep (b, T)); for every b contexts yield the
+    next-token loss in nats, summed over kept source positions (Karvonen et al. 2025), and their number."""
+    n = max(1, min(16384, 2**28 // model.config.get_text_config().vocab_size) // ids.shape[1])  # why: float32 logits within 1 GiB
     for b in progress("held out", ids.to(model.device).split(n)):
         keep = text.keep(b)
-        with spliced(model, layer, lambda h: edit(h, keep)):
-            logits = model(b, use_cache=False).logits  # (b, T, V)
-        source = keep[:, :-1]
-        logits = logits[:, :-1][source].to(torch.promote_types(logits.dtype, torch.float32))  # (positions, V)
-        yield F.cross_entropy(logits, b[:, 1:][source], reduction="sum"), len(logits)
-
+        with spliced(model, layer, lambda h: edit(h, keep)): logits = model(b, use_cache=False).logits  # (b, T, V)
+        logits, targets = logits[:, :-1][keep[:, :-1]], b[:, 1:][keep[:, :-1]]  # (positions, V), (positions,)
+        yield F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum"), len(logits)
 @torch.no_grad()
 def mean_loss(*args):
     """Mean of spliced_losses over all positions, nats a token."""
@@ -303,28 +282,28 @@ def mean_loss(*args):
     return sum(loss).item() / sum(positions)
 
 # ---- The sparse step: exact, with B*k of B x F activations not zero, so that only the encoder's product is dense -------
-def batch_topk(pre, n_keep, guess=0.0):
-    """The n_keep largest positive entries of the whole batch (Bussmann et al. 2024), exactly.
-    pre (B, F). guess >= 0 should lie below the cut: it spares sorting B x F numbers; a bad one costs time, not exactness. Of
-    ties at the cut the earlier token, then the lower latent wins; fewer than n_keep positive entries are all kept. Returns
-    row (n,) and col (n,), sorted by row, then col; and the smallest value kept, ()."""
-    for lower in guess, guess / 2, 0:
-        row, col = (pre > lower).nonzero(as_tuple=True)  # a device sync: how many. Without it nothing can be compacted
-        if len(row) >= n_keep:
-            break
-    value = pre[row, col]
-    if len(row) <= n_keep:
-        return row, col, value.min() if len(row) else pre.new_zeros(())
+def candidates(x, W_enc, b_enc, bound):
+    """The entries of x W_enc^T + b_enc above bound (F,): value, row and col, each (n,), sorted by row, then col. x (B, D)
+    why in slices of latents: a slice is searched while it is still in the cache, and B x F numbers never exist at once."""
+    width, found = max(1, (2**28 if x.is_cuda else 2**22) // max(1, len(x))), []  # B x width: 1 GiB on a GPU, 16 MiB on a CPU
+    for W, b, low, start in zip(W_enc.split(width), b_enc.split(width), bound.split(width), range(0, len(W_enc), width)):
+        pre = torch.addmm(b, x, W.T)
+        row, col = (pre > low).nonzero(as_tuple=True)  # a device sync: how many. Without it nothing can be compacted
+        found.append((pre[row, col], row, col + start))
+    value, row, col = map(torch.cat, zip(*found))
+    row, order = row.sort(stable=True)
+    return value[order], row, col[order]
+def batch_topk(value, n_keep):
+    """Which of value (n,) are the n_keep largest (Bussmann et al. 2024, over a whole batch): a mask (n,), and the smallest value kept, ().
+    Of ties at the cut the earlier wins; fewer than n_keep are all kept."""
+    if len(value) <= n_keep: return torch.ones_like(value, dtype=torch.bool), value.amin() if len(value) else value.new_zeros(())
     cut = value.kthvalue(len(value) - n_keep + 1).values
     above, tie = value > cut, value == cut
-    keep = above | (tie & (tie.cumsum(0) <= n_keep - above.sum()))
-    return row[keep], col[keep], cut
-
+    return above | (tie & (tie.cumsum(0) <= n_keep - above.sum())), cut
 def segment_sum(table, index, weight, segment, n_segments):
     """out[s] = sum of weight[i] * table[index[i]] over all i with segment[i] == s; segment (n,) ascends. (n_segments, D)"""
     first = torch.searchsorted(segment, torch.arange(n_segments, device=segment.device))
     return F.embedding_bag(index, table, first, mode="sum", per_sample_weights=weight)
-
 def paired_dots(a, i, b, j):
     """<a[i], b[j]> for n pairs sorted by (i, j): (n,)"""
     if a.device.type == "cpu":  # never writes the gathered rows: several times faster there (python test_dmsae.py)
@@ -333,35 +312,44 @@ def paired_dots(a, i, b, j):
         return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values()
     n = max(1, 2**26 // a.shape[1])  # pairs at once: 256 MiB of gathered rows
     return torch.cat([(a[p] * b[q]).sum(1) for p, q in zip(i.split(n), j.split(n))])
-
+def nested_sums(W_dec, b_dec, value, row, col, edges, B):
+    """The nested reconstructions (B, G, D): [b, g] = b_dec + the sum of value[i] * W_dec[col[i]] over all i with row[i] == b
+    and col[i] < edges[g]. Every latent is decoded once, into the narrowest prefix that holds it. Also that segment, (n,)."""
+    segment = row * len(edges) + torch.bucketize(col, edges, right=True)  # ascends with (row, col)
+    x_hats = segment_sum(W_dec, col, value, segment, B * len(edges)).view(B, len(edges), -1)
+    x_hats[:, 0] += b_dec
+    for g in range(1, len(edges)): x_hats[:, g] += x_hats[:, g - 1]
+    return x_hats, segment
 class SparseAutoencode(torch.autograd.Function):
-    """Encode at n survivors, decode their sums: dense autograd's gradients without a B x F one. Returns, differentiable:
-    value (n,) = ((x - b_dec) W_enc^T + b_enc)[row, col], which is given as computed without a graph; and parts (S, D),
-    parts[s] = sum of value[i] * W_dec[col[i]] over segment[i] == s (ascending). Only free = W_enc[C:] gets a gradient."""
+    """Encode at n survivors, decode all prefixes: dense autograd's gradients without a B x F one. Returns, differentiable: value
+    (n,) = ((x - b_dec) W_enc^T + b_enc)[row, col], which is given as computed without a graph; and the nested reconstructions
+    (B, G, D). Only free = W_enc[C:] gets a gradient. (row, col) ascends."""
     @staticmethod
-    def forward(ctx, free, b_enc, W_dec, b_dec, W_enc, x, value, row, col, segment, n_segments):
+    def forward(ctx, free, b_enc, W_dec, b_dec, W_enc, x, value, row, col, edges):
+        x_hats, segment = nested_sums(W_dec, b_dec, value, row, col, edges, len(x))
         ctx.save_for_backward(W_dec, b_dec, W_enc, x, value, row, col, segment)
         ctx.n_core = len(W_enc) - len(free)
-        return value.clone(), segment_sum(W_dec, col, value, segment, n_segments)
-
+        return value.clone(), x_hats
     @staticmethod
-    def backward(ctx, g_value, g_parts):  # (n,), (S, D)
+    def backward(ctx, g_value, g_x_hats):  # (n,), (B, G, D)
         W_dec, b_dec, W_enc, x, value, row, col, segment = ctx.saved_tensors
+        g_parts = g_x_hats.clone()
+        for g in reversed(range(g_parts.shape[1] - 1)):  # a group is in its own prefix and in all wider ones
+            g_parts[:, g] += g_parts[:, g + 1]
+        g_b_dec, g_parts = g_parts[:, 0].sum(0), g_parts.flatten(0, 1)  # (D,), (B*G, D)
         g_value = g_value + paired_dots(g_parts, segment, W_dec, col)  # (n,)
         order = col.argsort(stable=True)  # by latent, so that each latent's survivors are one segment
         g_W_dec = segment_sum(g_parts, segment[order], value[order], col[order], len(W_dec))  # (F, D)
         g_W_enc = segment_sum(x - b_dec, row[order], g_value[order], col[order], len(W_enc))  # (F, D)
         g_b_enc = g_value.new_zeros(len(W_enc)).index_add_(0, col, g_value)  # (F,)
         # why: summed over the batch before it meets W_enc, b_dec's gradient is a vector times a matrix, not B x F x D
-        return (g_W_enc[ctx.n_core:], g_b_enc, g_W_dec, -(g_b_enc @ W_enc)) + (None,) * 7
+        return (g_W_enc[ctx.n_core:], g_b_enc, g_W_dec, g_b_dec - g_b_enc @ W_enc) + (None,) * 6
 
 # ---- The SAE -----------------------------------------------------------------------------------------------------------
 class MatryoshkaSAE(nn.Module):
-    """Matryoshka BatchTopK SAE (Bussmann et al. 2025) whose first n_core latents are a frozen core.
-    W_enc, W_dec (F, D); b_enc (F,); b_dec (D,); threshold (F,), each latent's fixed threshold at inference. widths: G
-    ascending prefix widths, core included, the last is F. The first n_exempt latents (the core, or none where it
-    competes) stay outside BatchTopK: they are on wherever pre > threshold."""
-
+    """Matryoshka BatchTopK SAE (Bussmann et al. 2025) whose first n_core latents are a frozen core. W_enc, W_dec (F, D); b_enc (F,);
+    b_dec (D,); threshold (F,), each latent's fixed threshold at inference. widths: G ascending prefix widths, core included, the
+    last is F. The first n_exempt latents (the core, or none where it competes) are outside BatchTopK: on wherever pre > threshold."""
     def __init__(self, d_model, widths, n_core=0, n_exempt=0, device="cpu", dtype=torch.float32, generator=None):
         super().__init__()
         self.widths, self.n_core, self.n_exempt = list(widths), n_core, n_exempt
@@ -370,113 +358,83 @@ class MatryoshkaSAE(nn.Module):
         self.b_enc, self.b_dec = nn.Parameter(rows.new_zeros(len(rows))), nn.Parameter(rows.new_zeros(d_model))
         self.register_buffer("threshold", rows.new_zeros(len(rows)))
         self.register_buffer("edges", torch.tensor(self.widths, device=device), persistent=False)  # (G,)
-
     def trained(self):
         """For the optimiser: W_enc without the core rows (a view, so that Adam writes into W_enc itself), b_enc, W_dec, b_dec."""
         return [self.W_enc.detach()[self.n_core:].requires_grad_(), self.b_enc, self.W_dec, self.b_dec]
-
-    def pre(self, x, width=None):
-        """Pre-activations of the first `width` latents (default all). (B, D) -> (B, width). ValueError unless 2-D."""
-        if x.ndim != 2:  # why: a 3-D input would make each sequence a batch that shares a BatchTopK budget
-            raise ValueError(f"x must be (tokens, d_model), got {tuple(x.shape)}: flatten it with x.flatten(0, -2)")
-        return torch.addmm(self.b_enc[:width], x - self.b_dec, self.W_enc[:width].T)
-
     def encode(self, x, width=None):
-        """Activations at inference of the first `width` latents. (B, D) -> (B, width)
+        """Activations at inference of the first `width` latents (default all). (B, D) -> (B, width). ValueError unless 2-D.
         why a threshold: the B*k largest entries of a batch depend on the other tokens in it; a fixed cut does not."""
-        pre = self.pre(x, width)
+        need(x.ndim == 2, f"x must be (tokens, d_model), got {tuple(x.shape)}: flatten it with x.flatten(0, -2)", ValueError)
+        pre = torch.addmm(self.b_enc[:width], x - self.b_dec, self.W_enc[:width].T)
         return pre * (pre > self.threshold[:width])
-
     def decode(self, acts):
         """Activations (B, w) of the first w latents -> reconstruction (B, D)."""
         return acts @ self.W_dec[:acts.shape[1]] + self.b_dec
-
-    def forward(self, x):
-        """(B, D) -> reconstruction (B, D) by all latents, at inference."""
+    def forward(self, x):  # (B, D) -> reconstruction (B, D) by all latents, at inference
         return self.decode(self.encode(x))
-
-    def segment(self, row, col):
-        """Which sum a survivor belongs to: its token, and the narrowest prefix that holds its latent. (n,) in 0..B*G-1"""
-        return row * len(self.widths) + torch.bucketize(col, self.edges, right=True)
-
-    def nest(self, parts):
-        """Sums of single groups (B*G, D) -> the G nested reconstructions (B, G, D), every latent decoded once."""
-        return parts.view(-1, len(self.widths), parts.shape[1]).cumsum(1) + self.b_dec
-
     @torch.no_grad()
     def reconstruct(self, x):
         """The G nested reconstructions at inference (B, G, D); which latents were on, and how much: (n,), (n,). x (B, D)"""
-        pre = self.pre(x)
-        row, col = (pre > self.threshold).nonzero(as_tuple=True)
-        parts = segment_sum(self.W_dec, col, pre[row, col], self.segment(row, col), len(x) * len(self.widths))
-        return self.nest(parts), col, pre[row, col]
-
+        value, row, col = candidates(x - self.b_dec, self.W_enc, self.b_enc, self.threshold)
+        return nested_sums(self.W_dec, self.b_dec, value, row, col, self.edges, len(x))[0], col, value
     @torch.no_grad()
-    def survivors(self, x, k, floor=1, guess=0.0):
-        """BatchTopK beside a core. x (B, D) -> value, row, col (n,) sorted by row, then col; cut (); core L0 ().
-        Exempt latents take what they need; the others share what is left of B*k, at least B*floor, so that the *total* L0
-        is k wherever the core leaves room (our reading). floor = k is the paper's first version, with L0 = k + core."""
-        pre, E, B = self.pre(x), self.n_exempt, len(x)
-        core_row, core_col = (pre[:, :E] > self.threshold[:E]).nonzero(as_tuple=True)
-        row, col, cut = batch_topk(pre[:, E:], max(B * k - len(core_row), B * floor), guess)
-        row, col = torch.cat([core_row, row]), torch.cat([core_col, col + E])
-        if E:
-            order = (row * pre.shape[1] + col).argsort()
-            row, col = row[order], col[order]
-        return pre[row, col], row, col, cut, (col < self.n_core).sum() / B
-
+    def survivors(self, x, k, floor=1, guess=0.0, B=None):
+        """BatchTopK beside a core. x (B, D) -> value, row, col (n,) sorted by row, then col; cut (); core L0 (). Exempt latents take
+        what they need; the others share what is left of B*k, at least B*floor, so that the *total* L0 is k wherever the core leaves
+        room (our reading). floor = k is the paper's first version, with L0 = k + core. guess >= 0 should lie below the cut: it
+        spares sorting B x F numbers; a bad one costs time, not exactness. B: see loss_and_grad; the budget is one for all."""
+        E, B = self.n_exempt, B or len(x)
+        bound = torch.cat([self.threshold[:E], self.threshold.new_ones(len(self.W_enc) - E) * guess])
+        value, row, col = candidates(x - self.b_dec, self.W_enc, self.b_enc, bound)
+        everywhere, start = joined(value.masked_fill(col < E, math.inf))
+        n_core = int(everywhere.isinf().sum()) if E else 0
+        n_keep = max(B * k, n_core + B * floor)
+        if len(everywhere) < n_keep and guess > 0: return self.survivors(x, k, floor, guess / 2 if guess > 1e-3 else 0.0, B)
+        keep, cut = batch_topk(everywhere, n_keep)
+        keep = keep[start:start + len(value)].nonzero()[:, 0]  # a sync
+        value, row, col = value[keep], row[keep], col[keep]
+        return value, row, col, cut, (col < self.n_core).sum() / B
     @torch.no_grad()
     def update_threshold(self, cut, step):
-        """Move the threshold of all competing latents towards this batch's smallest kept activation (its cut). The average
-        is over the last tenth of the steps, at most the last 100 (our choice): as the rate falls to 0 it settles."""
+        """Move the threshold of competing latents towards this batch's cut: an average over the last tenth of the steps, at most 100 (ours)."""
         self.threshold[self.n_exempt:].lerp_(cut, min(1, max(0.01, 10 / (step + 1))))
-
     @torch.no_grad()
     def fold_scale(self, scale):
         """Turn an SAE trained on scale * x into one for x. Encoder and decoder rows stay as they are."""
-        for t in (self.b_enc, self.b_dec, self.threshold):
-            t.div_(scale)
+        for t in (self.b_enc, self.b_dec, self.threshold): t.div_(scale)
 
-def nested_loss(x, x_hats):
-    """Sum over prefixes of ||x - x_hat||^2, mean over tokens, over G * D. x (B, D), x_hats (B, G, D) -> (). why divided (our
+def nested_loss(x, x_hats, B=None):
+    """Sum over prefixes of ||x - x_hat||^2, mean over B tokens, over G * D. x (B, D), x_hats (B, G, D) -> (). why divided (our
     choice): it then starts near 1, so that dead-latent loss and gradient clip weigh the same whatever D and G are."""
-    return (x[:, None] - x_hats).pow(2).mean()
-
-def dead_latent_loss(x, residual, W_enc, b_enc, W_dec, b_dec, k_aux):
-    """AuxK (Gao et al. 2024): the k_aux most active of d dead latents reconstruct the residual of the widest
-    reconstruction; error over the residual's variance. x, residual (B, D); W_enc, W_dec (d, D); b_enc (d,) -> ()"""
-    acts = F.linear(x, W_enc, b_enc - W_enc @ b_dec).relu()  # (B, d). b_dec stands outside: its gradient is cheap there
-    if acts.shape[1] > k_aux:
-        acts = acts * (acts >= acts.detach().topk(k_aux, sorted=False).values.amin(1, keepdim=True))
-    error = (residual - acts @ W_dec).pow(2).sum()
-    return error / (residual - residual.mean(0)).pow(2).sum().clamp_min(1e-30)
-
-def loss_and_grad(sae, trained, x, k, floor=1, guess=0.0, dead=(), alpha=1 / 32):  # alpha: Gao et al. 2024
-    """Loss of a batch x (B, D); its gradient is added to the .grad of `trained`, which sae.trained() gave.
-    dead (d,): indices of dead latents. Returns loss (), x_hat (B, D), cut (), col (n,) the latents that fired, core L0 ()."""
+    return F.mse_loss(x_hats, x[:, None].expand_as(x_hats), reduction="sum") / ((B or len(x)) * x_hats[0].numel())
+def dead_latent_loss(x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, B=None):
+    """AuxK (Gao et al. 2024): the k_aux most active of d dead latents reconstruct the residual of the widest reconstruction; error
+    over the residual's variance over all B tokens. x, residual (B, D); W_enc, W_dec (d, D); b_enc (d,)"""
+    pre = F.linear(x, W_enc, b_enc - W_enc @ b_dec)  # (B, d). b_dec stands outside: its gradient is cheap there
+    lowest = pre.detach().topk(min(k_aux, pre.shape[1]), sorted=False).values.amin(1, keepdim=True)
+    error = (residual - (pre * (pre >= lowest.clamp_min(1e-30))) @ W_dec).pow(2).sum()
+    return error / over_all((residual - over_all(residual.sum(0)) / (B or len(x))).pow(2).sum()).clamp_min(1e-30)
+def loss_and_grad(sae, trained, x, k, floor=1, guess=0.0, dead=(), alpha=1 / 32, B=None):  # alpha: Gao et al. 2024
+    """Loss of a batch x (B, D); its gradient is added to the .grad of `trained`, which sae.trained() gave. dead (d,): indices of dead
+    latents. Returns loss (), x_hat (B, D), cut (), col (n,) the latents that fired, core L0 (). B: tokens in the whole batch where x is
+    one process's share of it; loss, gradient and core L0 are then its summands."""
     free, b_enc, W_dec, b_dec = trained
-    value, row, col, cut, core_l0 = sae.survivors(x, k, floor, guess)
-    value, parts = SparseAutoencode.apply(free, b_enc, W_dec, b_dec, sae.W_enc.detach(), x, value, row, col,
-                                          sae.segment(row, col), len(x) * len(sae.widths))
-    x_hats = sae.nest(parts)  # (B, G, D)
-    x_hat = x_hats[:, -1].detach()
-    loss = nested_loss(x, x_hats)
-    if len(dead):  # why copies of the dead rows: indexing the parameters would cost two more F x D gradients
-        where = (dead - sae.n_core, dead, dead)
-        rows = [p.detach()[at].requires_grad_() for p, at in zip(trained, where)]
-        loss = loss + alpha * dead_latent_loss(x, x - x_hat, *rows, b_dec, k_aux=x.shape[1] // 2)
+    value, row, col, cut, core_l0 = sae.survivors(x, k, floor, guess, B)
+    value, x_hats = SparseAutoencode.apply(free, b_enc, W_dec, b_dec, sae.W_enc.detach(), x, value, row, col, sae.edges)
+    x_hat, loss = x_hats[:, -1].detach(), nested_loss(x, x_hats, B)
+    where = (dead - sae.n_core, dead, dead) if len(dead) else ()
+    rows = [p.detach()[at].requires_grad_() for p, at in zip(trained, where)]  # why copies: indexing costs F x D gradients
+    if rows: loss = loss + alpha * dead_latent_loss(x, x - x_hat, *rows, b_dec, x.shape[1] // 2, B)
     loss.backward()
-    if len(dead):
-        for p, r, at in zip(trained, rows, where):
-            p.grad.index_add_(0, at, r.grad)
+    for p, r, at in zip(trained, rows, where): p.grad.index_add_(0, at, r.grad)
     return loss.detach(), x_hat, cut, col, core_l0
-
 @torch.no_grad()
 def apply_gradients(trained, adam, lr):
     """One optimiser step that leaves decoder rows unit-norm. Returns the gradient's norm before clipping, ()."""
     W_dec = trained[2]
+    for p in trained: over_all(p.grad)
     # why: along a unit row the gradient only works against the normalisation, and fills Adam's moments with that
-    W_dec.grad.addcmul_(W_dec, torch.einsum("fd,fd->f", W_dec.grad, W_dec)[:, None], value=-1)
+    W_dec.grad.addcmul_(W_dec, torch.linalg.vecdot(W_dec.grad, W_dec)[:, None], value=-1)
     norm = nn.utils.clip_grad_norm_(trained, 1.0)  # the clip of the SAEBench suite's trainings
     adam.param_groups[0]["lr"] = lr
     adam.step()
@@ -484,107 +442,129 @@ def apply_gradients(trained, adam, lr):
     W_dec.div_(W_dec.norm(dim=1, keepdim=True))
     return norm
 
-# ---- Training one SAE --------------------------------------------------------------------------------------------------
-def batches(model, cfg, text, scale, cycle, block=0, start=0):
-    """Endless shuffled batches (B, D), float32, scaled; each with the position from which the next one follows.
-    A block (about 64 batches, our choice) is harvested at once and shuffled whole: its number, the cycle and the seed fix it."""
-    n = -(-64 * cfg.batch // (cfg.ctx - 1))
-    while True:
-        acts = harvest(model, cfg.layer, text, text.block(block, n, cfg.seed))  # (about 64 B, D)
-        need(len(acts) >= cfg.batch, "the text holds hardly more than special tokens: nothing to train on")
-        order = torch.randperm(len(acts), generator=generator(cfg.seed, cycle, block)).to(acts.device)
-        for i in range(start, len(order) // cfg.batch):
-            yield acts[order[i * cfg.batch:(i + 1) * cfg.batch]].float() * scale, (block, i + 1)
-        block, start = block + 1, 0
-
+# ---- Training: batches, harvested or from the cache; one SAE, or several side by side -----------------------------------
+def cache_folder(cfg, model, text):
+    """Where --cache keeps the activations of this model, layer and text: CACHE/<name>/<block>.<process>.safetensors; or None."""
+    weights = [p.flatten()[:9].tolist() for p in decoder_layers(model)[cfg.layer].parameters()]  # another model in the same folder differs
+    same = cfg.layer, cfg.ctx, cfg.batch, cfg.seed, place()[1], model.dtype, text.n_eval + text.n_attribution, weights
+    name = f"{Path(cfg.model).name}-layer{cfg.layer}-{zlib.crc32(text.rows, zlib.crc32(repr(same).encode())):08x}"
+    return Path(cfg.cache) / name if cfg.cache else None
+def batches(cfg, model, text, scale, training, block=0, start=0):
+    """Endless batches (B, D), float32, scaled; each with the position from which the next one follows. A block is about 64 batches
+    (ours), holds the same in every training, and is shuffled whole: its number, the training's and the seed fix it. Of several
+    processes each harvests a part of a block, and gets of each batch the tokens that are in its part."""
+    folder, (rank, world), contexts = cache_folder(cfg, model, text), place(), -(-64 * cfg.batch // (cfg.ctx - 1))
+    def load(number):
+        path = folder and folder / f"{number}.{rank}.safetensors"
+        acts = load_tensors(path, "delete it to harvest it again")[0]["acts"] if path and path.exists() else None
+        return number, path, acts.pin_memory() if acts is not None and model.device.type == "cuda" else acts
+    for block, path, acts in ahead(map(load, itertools.count(block))):
+        ids = text.block(block, contexts, cfg.seed)
+        n, mine = text.keep(ids).sum(1), torch.arange(contexts).tensor_split(world)[rank]
+        if acts is None:
+            acts = harvest(model, cfg.layer, text, ids[mine])  # (its tokens, D), on the device
+            if path and (block + 1) * contexts * (cfg.ctx - 1) * acts[0].nbytes <= 1e9 * (cfg.cache_gb or math.inf):
+                folder.mkdir(parents=True, exist_ok=True)
+                save_tensors({"acts": acts}, path)
+        acts = acts.to(model.device, non_blocking=True)
+        order = torch.randperm(int(n.sum()), generator=generator(cfg.seed, training, block)) - int(n[:mine[0]].sum())
+        order = order[:len(order) // cfg.batch * cfg.batch].view(-1, cfg.batch)
+        need(len(order), "the text holds hardly more than special tokens: nothing to train on")
+        here = (order >= 0) & (order < len(acts))
+        rows = order[here].to(acts.device).split(here.sum(1).tolist())  # indices into acts, a tensor for each batch
+        for i in range(start, len(rows)): yield acts[rows[i]].float() * scale, (block, i + 1)
+        start, acts = 0, None  # why None: the next block needs the memory
 @torch.no_grad()
-def new_sae(cfg, core, x, scale, cycle):
-    """A fresh SAE around the core's encoder rows. x (B, D): a first batch, whose mean is b_dec's start. why only rows travel
-    (the paper's choice): they say what a latent detects; a row that is useful again has proved it among new neighbours."""
-    C = len(core)
-    sae = MatryoshkaSAE(x.shape[1], cfg.widths(C), C, 0 if cfg.core_sparsity == "compete" else C, x.device,
-                        generator=generator(cfg.seed, cycle, "init"))
-    sae.b_dec.copy_(x.mean(0))
+def new_sae(cfg, core, x, scale, training):
+    """A fresh SAE around the core's encoder rows. x: a first batch (B, D), whose mean is b_dec's start. why only rows travel (the paper):
+    they say what a latent detects, and one that is useful again has proved it among new neighbours."""
+    C, n_exempt = len(core), 0 if cfg.core_sparsity == "compete" else len(core)
+    sae = MatryoshkaSAE(x.shape[1], cfg.widths(C), C, n_exempt, x.device, generator=generator(cfg.seed, training, "init"))
+    sae.b_dec.copy_(over_all(x.sum(0)) / cfg.batch)
     sae.W_enc[:C] = core.W_enc.to(x.device)
-    if cfg.core_decoder == "encoder":
-        sae.W_dec[:C] = F.normalize(sae.W_enc[:C])
+    if cfg.core_decoder == "encoder": sae.W_dec[:C] = F.normalize(sae.W_enc[:C])
     if cfg.core_sparsity == "gated":  # the latent starts as the function that it was at birth
-        sae.b_enc[:C] = core.bias.to(x.device) * scale + sae.W_enc[:C] @ sae.b_dec
-        sae.threshold[:C] = core.threshold.to(x.device) * scale
+        sae.b_enc[:C], sae.threshold[:C] = core.bias.to(x) * scale + sae.W_enc[:C] @ sae.b_dec, core.threshold.to(x) * scale
     return sae
-
 def learning_rate(step, steps, peak):
     """Linear warm-up over 1000 steps (a short run: a tenth), constant, linear to 0 in the last fifth: the SAEBench suite's."""
     return peak * min(1, (step + 1) / min(1000, max(1, steps // 10)), (steps - step) / (0.2 * steps))
 
-def train_sae(cfg, model, text, scale, core, cycle, out):
-    """Train one SAE on scaled activations, from OUT/checkpoint.safetensors if that is of this cycle. Returns the SAE (scale
-    not folded in), its share of dead latents, seconds. KeyboardInterrupt, after a checkpoint, on Ctrl-C; BadInput where the
-    loss is not finite."""
-    clock, steps, path = time.time(), cfg.tokens // cfg.batch, out / "checkpoint.safetensors"
-    dead_after = min(10_000_000, cfg.tokens // 10)  # tokens without firing: Gao et al. 2024; the tenth is ours, for short runs
+class Training:
+    """One SAE in training, with optimiser and counters; `state` holds every tensor of it that a checkpoint needs."""
+    def __init__(self, cfg, k, core, x, scale, training):
+        self.cfg, self.k, self.steps = cfg, k, cfg.tokens // cfg.batch
+        self.sae = new_sae(cfg, core, x, scale, training)
+        self.trained = self.sae.trained()
+        self.floor = k if cfg.core_sparsity == "exempt" else max(1, k // 10)  # k/10: our choice
+        self.dead_after = min(10_000_000, cfg.tokens // 10)  # tokens: Gao et al. 2024; the tenth is ours, for short runs
+        self.guess = 4.0  # why: pre-activations start with a variance near 1. Where it is too high it is halved
+        # why new: moments of other latents are noise. why eps: a rare latent's gradient, divided by G * D, is near Adam's 1e-8
+        self.adam = torch.optim.Adam(self.trained, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-12, fused=True)
+        self.since = torch.zeros(cfg.d_sae, dtype=torch.int64, device=x.device)  # tokens since each latent fired
+        self.sums = torch.zeros(6, device=x.device)  # since the last row: loss, squared error, variance, l0, core l0, gradient norm
+        self.state = {"since": self.since, "sums": self.sums, **{f"sae.{name}": t for name, t in self.sae.state_dict().items()}}
+        for i, p in enumerate(self.trained):
+            self.adam.state[p] = dict(step=torch.zeros((), device=x.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            self.state |= {f"adam{i}.{name}": t for name, t in self.adam.state[p].items()}
+    def dead(self):
+        """Which latents have not fired for long: (F,) bool. The core is never counted: its rows are frozen."""
+        return (self.since >= self.dead_after).index_fill(0, torch.arange(self.sae.n_core, device=self.since.device), False)
+    def step(self, x, step):
+        """One step on this process's share x of a batch. No number is read back from the device for a log."""
+        sae, B, dead = self.sae, self.cfg.batch, self.dead().nonzero()[:, 0]
+        loss, x_hat, cut, col, core_l0 = loss_and_grad(sae, self.trained, x, self.k, self.floor, self.guess, dead, B=B)
+        norm = apply_gradients(self.trained, self.adam, learning_rate(step, self.steps, self.cfg.lr))
+        sae.update_threshold(cut, step)
+        self.guess = 0.9 * cut  # our choice: the cut moves a few per cent between batches
+        self.since += B
+        self.since[col] = 0
+        over_all(self.since, dist.ReduceOp.MIN)
+        variance = (x - over_all(x.sum(0)) / B).pow(2).sum()
+        row = torch.stack([loss, (x - x_hat).pow(2).sum(), variance, torch.full_like(loss, len(col) / B), core_l0])
+        self.sums += torch.cat([over_all(row), norm[None]])
+    def report(self, step, steps, seconds):
+        """Print the figures of the last `steps` steps, and begin anew."""
+        loss, error, variance, l0, core_l0, _ = (self.sums / steps).tolist()
+        tokens, dead = step * self.cfg.batch, self.dead().float().mean().item()
+        tqdm.write(f"{step:7d} {tokens / 1e6:8.2f}M {loss:8.4f} {error / variance:7.4f} {l0:7.1f} {f'({core_l0:.1f})':>7s} {dead:6.1%} "
+                   f"{tokens / seconds / 1e3:8.1f}")
+        self.sums.zero_()
+
+def train_saes(cfg, model, text, scale, core, training, ks, out):
+    """Train the SAEs ks = {label: k} side by side on the same batches, from their checkpoint in OUT if there is one. Returns
+    {label: Training}, scale not folded in, and seconds. KeyboardInterrupt after a checkpoint; BadInput where a loss is not finite."""
+    clock, steps, rank, path = time.time(), cfg.tokens // cfg.batch, place()[0], out / f"checkpoint{next(iter(ks))}.safetensors"
     saved, at = load_tensors(path, "delete it to begin this training again; finished ones are kept") if path.exists() else ({}, {})
-    if at.get("cycle") != cycle:
-        saved, at = {}, dict(step=0, position=(0, 0), row_step=0, seconds=0.0)
-    trim_log(out, cycle, at["step"])
-    data = batches(model, cfg, text, scale, cycle, *at["position"])
-    x, position = next(data)
-    sae = new_sae(cfg, core, x, scale, cycle)
-    trained = sae.trained()
-    # why a new Adam: moments of other latents are noise. why eps: a rare latent's gradient, under a loss divided by G * D,
-    # is near Adam's default of 1e-8
-    adam = torch.optim.Adam(trained, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-12, fused=True)
-    since = torch.zeros(cfg.d_sae, dtype=torch.int64, device=x.device)  # tokens since each latent fired
-    sums = torch.zeros(6, device=x.device)  # since the last row: loss, squared error, variance, l0, core l0, gradient norm
-    state = {"since": since, "sums": sums, **{f"sae.{name}": t for name, t in sae.state_dict().items()}}
-    for i, p in enumerate(trained):
-        adam.state[p] = dict(step=torch.zeros((), device=x.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        state |= {f"adam{i}.{name}": t for name, t in adam.state[p].items()}
-    for name in list(saved):
-        state[name].detach().copy_(saved.pop(name))
-    floor = cfg.k if cfg.core_sparsity == "exempt" else max(1, cfg.k // 10)  # k/10: our choice
-    guess = 0.9 * sae.survivors(x[:64], cfg.k, floor)[3]  # why: without a guess half of all B x F would be candidates
-    clock, saved_at, row_step = clock - at["seconds"], time.time(), at["row_step"]
-    stopped = []  # why: Ctrl-C must not cut a step in two
-    with ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, lambda *_: stopped.append(True)))
-        for step in progress(f"train {cycle}", range(at["step"], steps), total=steps, initial=at["step"], unit="step"):
-            dead = sae.n_core + (since[sae.n_core:] >= dead_after).nonzero()[:, 0]  # (d,)
-            loss, x_hat, cut, col, core_l0 = loss_and_grad(sae, trained, x, cfg.k, floor, guess, dead)
-            norm = apply_gradients(trained, adam, learning_rate(step, steps, cfg.lr))
-            sae.update_threshold(cut, step)
-            guess = 0.9 * cut  # our choice: the cut moves a few per cent between batches
-            since += len(x)
-            since[col] = 0
-            sums += torch.stack([loss, (x - x_hat).pow(2).sum(), (x - x.mean(0)).pow(2).sum(),
-                                 torch.full_like(loss, len(col) / len(x)), core_l0, norm])
-            row_due = (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps
-            save_due = stopped or step + 1 == steps or time.time() - saved_at >= 60 * cfg.checkpoint_minutes
-            if row_due or save_due:  # the only places that read numbers back from the device
-                need(sums.isfinite().all(), f"training {cycle}: the loss is not finite at step {step + 1}; the last good "
-                     f"checkpoint, if there was one, is kept in {out}; try another --out with --lr {cfg.lr / 3:.2g}")
-            if row_due:
-                loss, error, variance, l0, core_l0, _ = (sums / (step + 1 - row_step)).tolist()
-                row = dict(cycle=cycle, step=step + 1, tokens=(step + 1) * cfg.batch, loss=loss, fvu=error / variance, l0=l0,
-                           core_l0=core_l0, dead=len(dead) / cfg.d_sae, seconds=time.time() - clock)
-                log(out, row, f"{row['step']:7d} {row['tokens'] / 1e6:8.2f}M {loss:8.4f} {row['fvu']:7.4f} {l0:7.1f} "
-                    f"{f'({core_l0:.1f})':>7s} {row['dead']:6.1%} {row['tokens'] / row['seconds'] / 1e3:8.1f}")
-                sums.zero_()
-                row_step = step + 1
-            if save_due:
-                saved_at = time.time()
-                save_tensors(state, path, cycle=cycle, step=step + 1, position=position, row_step=row_step, seconds=saved_at - clock)
-            if stopped:
-                raise KeyboardInterrupt
-            if step + 1 < steps:
-                x, position = next(data)
-    return sae, (since >= dead_after).float().mean().item(), time.time() - clock
+    if not ks.keys() <= set(at.get("labels", ())): saved, at = {}, dict(step=0, position=(0, 0), row_step=0, seconds=0.0)
+    stream = batches(cfg, model, text, scale, training, *at["position"])
+    x, position = next(stream)
+    saes = {label: Training(cfg, k, core, x, scale, training) for label, k in ks.items()}
+    state = {f"{label}.{name}": t for label, sae in saes.items() for name, t in sae.state.items()}
+    for name in saved.keys() & state.keys(): state[name].detach().copy_(saved.pop(name))
+    clock, saved_at, row_step, stopped = clock - at["seconds"], time.time(), at["row_step"], []
+    signal.signal(signal.SIGINT, signal.SIG_IGN if rank else lambda *_: stopped.append(True))  # why: not in the middle of a step
+    for step in progress(f"train {training}", range(at["step"] + 1, steps + 1), total=steps, initial=at["step"], unit="step"):
+        for sae in saes.values(): sae.step(x, step - 1)
+        row_due = step == steps or step % max(1, steps // 10) == 0
+        save_due = step == steps or stopped or time.time() - saved_at >= 60 * cfg.checkpoint_minutes
+        for label, sae in saes.items() if row_due or save_due else ():  # only here numbers are read back
+            need(sae.sums.isfinite().all(), f"training {label}: the loss is not finite at step {step}; checkpoints from before are kept "
+                 f"in {out}; try another --out with --lr {cfg.lr / 3:.2g}")
+            if row_due: sae.report(step, step - row_step, time.time() - clock)
+        row_step = step if row_due else row_step
+        if save_due and rank == 0:
+            saved_at = time.time()
+            save_tensors(state, path, labels=[*ks], step=step, position=position, row_step=row_step, seconds=saved_at - clock)
+        need(not stopped, "", KeyboardInterrupt)
+        if step < steps: x, position = next(stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return saes, time.time() - clock
 
 # ---- Held-out evaluation, and attribution ------------------------------------------------------------------------------
 def evaluate(model, layer, text, ids, sae, ce_original, ce_zero):
-    """Held-out figures of an SAE in raw units with its inference thresholds: a dict of floats; fvu has one per prefix.
-    fvu = squared error / variance about the mean. ce_recovered = (zero - sae) / (zero - original), where `zero` is the
-    loss with the layer's output zeroed at all positions (Karvonen et al. 2025, eq. 4)."""
+    """Held-out figures of an SAE in raw units at inference: dict of floats. fvu, one per prefix = squared error / variance about the mean;
+    ce_recovered = (zero - sae) / (zero - original), `zero`: loss with the layer's output zeroed (Karvonen et al. 2025, eq. 4)."""
     sums = []
     def edit(h, keep):
         x = h[keep].float()  # (B, D)
@@ -597,14 +577,11 @@ def evaluate(model, layer, text, ids, sae, ce_original, ce_zero):
     tokens, on, core_on, square, *rest = sum(sums).tolist()
     fvu = [e / (square - sum(s * s for s in rest[G:]) / tokens) for e in rest[:G]]
     return dict(fvu=fvu, l0=on / tokens, core_l0=core_on / tokens, ce=ce, ce_recovered=(ce_zero - ce) / (ce_zero - ce_original))
-
 def attribute(model, layer, text, ids, sae, agg="mean", with_error=False):
-    """Score of each candidate (core and prefix 0), and the share of tokens where it is on: (M,), (M,), float64.
-    a_i(t) = f_i(t) <dLoss/dx_hat(t), W_dec_i>: the loss is the next-token loss summed over tokens of ids (R, ctx), the
-    layer's output being replaced by x_hat, the most nested reconstruction (the paper). why the narrowest: the core shall
-    carry what the model needs without finer latents to lean on. Score: mean over tokens of |a_i|; signed: |mean of a_i|;
-    quantile: 0.99 quantile of |a_i|. with_error adds the constant x - x_hat, so that gradients are those of the model's own
-    forward pass. Only layers after the splice are differentiated: nothing before it asks for a gradient."""
+    """Score of each candidate (core and prefix 0), and the share of tokens where it is on: (M,), (M,), float64. a_i(t) = f_i(t)
+    <dLoss/dx_hat(t), W_dec_i>: the next-token loss summed over tokens of ids (R, ctx), the layer's output replaced by x_hat, the most
+    nested reconstruction (the paper). why the narrowest: the core shall carry what the model needs without finer latents. Score: mean
+    of |a_i| over tokens; |mean of a_i|; 0.99 quantile of |a_i|. with_error adds x - x_hat: gradients are those of the model's own pass."""
     M, total, on, tokens, top, at = sae.widths[0], 0.0, 0.0, 0, None, {}
     rank = int(0.01 * text.keep(ids).sum()) + 1  # the 0.99 quantile is the value with this rank from above
     def edit(h, keep):
@@ -615,12 +592,11 @@ def attribute(model, layer, text, ids, sae, agg="mean", with_error=False):
         at["x_hat"] = x_hat.requires_grad_()
         out = x_hat + (x - x_hat).detach() if with_error else x_hat
         return h.masked_scatter(keep[..., None], out.to(h.dtype))
-    for loss, _ in spliced_losses(model, layer, text, ids, edit):
+    for loss, n in spliced_losses(model, layer, text, ids, edit):
         grad, = torch.autograd.grad(loss, at["x_hat"])  # (B, D)
         a = at["f"] * (grad @ sae.W_dec[:M].detach().T)  # (B, M)
         total += (a if agg == "signed" else a.abs()).sum(0).cpu().double()
-        on += (at["f"] > 0).sum(0).cpu().double()
-        tokens += len(a)
+        on, tokens = on + (at["f"] > 0).sum(0).cpu().double(), tokens + len(a)
         if agg == "quantile":  # exact: keep the `rank` largest so far of every latent
             top = a.abs() if top is None else torch.cat([top, a.abs()])
             top = top.topk(min(rank, len(top)), dim=0, sorted=False).values
@@ -628,13 +604,11 @@ def attribute(model, layer, text, ids, sae, agg="mean", with_error=False):
 
 # ---- The core ----------------------------------------------------------------------------------------------------------
 def select_core(scores, coverage):
-    """Smallest set of latents that holds `coverage` of the total score, the most important first. (M,) -> (C,) indices.
-    BadInput (a ValueError) where there is no positive, finite total to share out."""
+    """Smallest set of latents that holds `coverage` of the total score, most important first. (M,) -> (C,) indices. BadInput: no total."""
     value, order = scores.double().sort(descending=True, stable=True)
     share = value.cumsum(0)  # (M,) rises to the total
     need(0 < share[-1] < math.inf, f"no core can be selected: the scores sum to {share[-1]:g}; try more --tokens")
     return order[:int((share < coverage * share[-1]).sum()) + 1]  # + 1: the latent that crosses the line
-
 @dataclass
 class Core:
     """What travels between trainings: C encoder rows with their gates (used by `gated` only) and their history."""
@@ -646,20 +620,15 @@ class Core:
     score: torch.Tensor = torch.zeros(0)  # (C,) at the last selection
     density: torch.Tensor = torch.zeros(0)  # (C,) share of tokens on which it was on then
     index: torch.Tensor = torch.zeros(0).long()  # (C,) its place in the SAE that it was last selected from
-
-    def __len__(self):
-        return len(self.W_enc)
-
+    def __len__(self): return len(self.W_enc)
 @torch.no_grad()
 def next_core(core, sae, chosen, scores, density, training):
-    """The core after a training: `chosen` of the M candidates. Old members keep row, gate and identity bit by bit.
-    sae: in raw units. training: number of this training in the newcomers' identity."""
+    """The core after training number `training`: `chosen` of the M candidates. Old members keep row, gate and identity. sae: raw units."""
     new = torch.arange(len(core), sae.widths[0])
-    W_new = sae.W_enc.cpu()[new]
+    W_new, birth = sae.W_enc.cpu()[new], torch.stack([torch.full_like(new, training), new], 1)
     candidates = Core(  # old members first, as in the SAE
         torch.cat([core.W_enc, W_new]), torch.cat([core.bias, sae.b_enc.cpu()[new] - W_new @ sae.b_dec.cpu()]),
-        torch.cat([core.threshold, sae.threshold.cpu()[new]]),
-        torch.cat([core.birth, torch.stack([torch.full_like(new, training), new], 1)]),
+        torch.cat([core.threshold, sae.threshold.cpu()[new]]), torch.cat([core.birth, birth]),
         torch.cat([core.votes, torch.zeros_like(new)]) + 1, scores.float(), density.float(), torch.arange(sae.widths[0]))
     return Core(*(t[chosen] for t in vars(candidates).values()))
 
@@ -669,95 +638,62 @@ def write_text(text, path):
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
-
-def checksum(tensors):
-    """CRC-32 of named tensors. why: safetensors notices a file cut short, but not a changed byte."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy(), crc)
-    return crc
-
 def save_tensors(tensors, path, **meta):
     """Write named tensors and JSON metadata atomically, as safetensors."""
     part = path.with_name(path.name + ".part")
-    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    save_file(tensors, part, {"dmsae": json.dumps({**meta, "crc": checksum(tensors)})})
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, part, {"dmsae": json.dumps(meta)})
     part.replace(path)
-
 def load_tensors(path, mend):
     """Tensors and metadata from save_tensors. BadInput, saying how to `mend` it, where the file is damaged or not ours."""
     try:
-        tensors = load_file(path)
         with safe_open(path, "pt") as f:
-            meta = json.loads(f.metadata()["dmsae"])
-        need(checksum(tensors) == meta["crc"], "its checksum differs")
-        return tensors, meta
+            return {name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()["dmsae"])
     except Exception as e:  # safetensors raises its own types, and a foreign header can hold anything
         raise BadInput(f"{path}: is damaged or not from dmsae.py ({e}); {mend}") from None
-
 def load_core(path, d_model=None):
     """A Core from core.safetensors, and the number of the training that selected it. BadInput on another width (None: any)."""
-    tensors, meta = load_tensors(Path(path), "give a core.safetensors that dmsae.py wrote")
-    need("birth" in tensors, f"--core {path}: holds no core; give a core.safetensors")
-    need(d_model in (None, tensors["W_enc"].shape[1]), f"--core {path}: has rows of width {tensors['W_enc'].shape[1]}, but the model's "
-         f"activations have {d_model}; use the model that it came from ({meta['model']} layer {meta['layer']})")
+    tensors, meta = load_tensors(Path(path), mend := "give a core.safetensors that dmsae.py wrote")
+    need("birth" in tensors, f"--core {path}: holds no core; {mend}")
+    need(d_model in (None, width := tensors["W_enc"].shape[1]), f"--core {path}: has rows of width {width}, the model's activations "
+         f"have {d_model}; use the model that it came from ({meta['model']} layer {meta['layer']})")
     return Core(**tensors), meta["training"]
-
 def save_sae(sae, folder, **metadata):
-    """Write an SAE in raw units in SAELens's layout: cfg.json and sae_weights.safetensors with W_enc (D, F). SAELens's
-    `jumprelu`, on where pre > threshold with a threshold per latent, is exactly our inference."""
+    """Write an SAE in raw units as SAELens's `jumprelu` (on where pre > threshold): cfg.json, sae_weights.safetensors with W_enc (D, F)."""
     weights = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec, "threshold": sae.threshold}
     save_file({name: t.detach().contiguous() for name, t in weights.items()}, folder / "sae_weights.safetensors")
     metadata = dict(sae_lens_version="6.0.0", **metadata, widths=sae.widths, n_core=sae.n_core, n_exempt=sae.n_exempt)
     write_text(json.dumps(dict(
-        architecture="jumprelu", d_in=sae.W_enc.shape[1], d_sae=len(sae.W_enc), dtype="float32", device="cpu",
-        apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none", metadata=metadata), indent=1),
-        folder / "cfg.json")
-
+        architecture="jumprelu", d_in=sae.W_enc.shape[1], d_sae=len(sae.W_enc), dtype="float32", device="cpu", apply_b_dec_to_input=True,
+        normalize_activations="none", reshape_activations="none", metadata=metadata), indent=1), folder / "cfg.json")
 def load_sae(folder, device="cpu"):
     """The SAE in a folder of SAELens's `jumprelu` layout, ours or another's; it takes raw activations. BadInput."""
     try:
-        cfg = json.loads((Path(folder) / "cfg.json").read_text())
-        w = load_file(Path(folder) / "sae_weights.safetensors", device=str(device))
+        cfg, w = json.loads((Path(folder) / "cfg.json").read_text()), load_file(Path(folder) / "sae_weights.safetensors", device=str(device))
         for key, only in dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True).items():
             need(cfg.get(key, only) == only, f"{key} is {cfg.get(key)!r}, only {only!r} is read")
-        m = cfg.get("metadata", {})
-        sae = MatryoshkaSAE(cfg["d_in"], m.get("widths", [cfg["d_sae"]]), m.get("n_core", 0), m.get("n_exempt", 0), device)
+        m = dict(widths=[cfg["d_sae"]], n_core=0, n_exempt=0) | cfg.get("metadata", {})
+        sae = MatryoshkaSAE(cfg["d_in"], m["widths"], m["n_core"], m["n_exempt"], device)
         sae.load_state_dict({**w, "W_enc": w["W_enc"].T})
         return sae
     except Exception as e:  # missing, cut or foreign files
         raise BadInput(f"{folder}: is no SAE folder ({e}); it needs cfg.json and sae_weights.safetensors") from None
 
-def log(out, row, line):
-    """Append a row to OUT/log.jsonl, and print its line above the progress bar."""
-    with open(out / "log.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
-    tqdm.write(line)
-
-def trim_log(out, cycle, step):
-    """Drop the log's rows past a step of a cycle: they will be written again."""
-    lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").exists() else []
-    at = [(row["cycle"], row.get("step", math.inf)) for row in map(json.loads, lines)]
-    write_text("".join(line for line, place in zip(lines, at) if place <= (cycle, step)), out / "log.jsonl")
-
 # ---- The demo's language model: trained on the spot, then an ordinary Hugging Face folder like any other ---------------
-def demo_config():
-    """A Gemma-2 of 1.4M parameters."""
+def demo_config():  # a Gemma-2 of 1.4M parameters
     from transformers import Gemma2Config
-    return Gemma2Config(vocab_size=2048, hidden_size=160, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4,
-                        num_key_value_heads=2, head_dim=40, query_pre_attn_scalar=40, max_position_embeddings=512,
-                        sliding_window=512, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-
+    return Gemma2Config(
+        vocab_size=2048, hidden_size=160, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=40,
+        query_pre_attn_scalar=40, max_position_embeddings=512, sliding_window=512, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 def build_demo(folder, steps=900):
-    """Train a tokenizer and a model (8 x 128 tokens a step) on the 5 MB of English and Python in every Python installation:
-    its language reference and standard library. Leaves both in `folder`, and the text in text.jsonl."""
+    """Train a tokenizer and a model (8 x 128 tokens a step) on the 5 MB of English and Python in every Python installation: its
+    language reference and standard library. Leaves both in `folder`, and the text in text.jsonl."""
     from pydoc_data.topics import topics
     from tokenizers import ByteLevelBPETokenizer
     from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
     docs = [*topics.values(), *(p.read_text(errors="replace") for p in Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     docs = [d[i:i + 4000] for d in docs for i in range(0, len(d), 4000)]
     docs.sort(key=lambda d: zlib.crc32(d.encode()))  # a fixed shuffle. why: then what is held out is like the rest
-    bpe = ByteLevelBPETokenizer()
+    bpe, part = ByteLevelBPETokenizer(), folder.with_name(folder.name + ".part")
     bpe.train_from_iterator(docs, vocab_size=2048, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False)
     ids = torch.tensor([i for e in bpe.encode_batch(docs) for i in (2, *e.ids)]).repeat(2)[:8 * 128 * steps].view(-1, 128)
     torch.manual_seed(0)
@@ -767,88 +703,45 @@ def build_demo(folder, steps=900):
     # why Muon: at this size it learns clearly more in the same time than AdamW alone
     muon, adam = torch.optim.Muon(matrices, lr=9e-3, weight_decay=0), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95))
     for step, b in enumerate(progress("demo model", ids[torch.randperm(len(ids))].split(8), unit="step")):
-        loss = F.cross_entropy(model(b).logits[:, :-1].flatten(0, 1), b[:, 1:].flatten())
-        loss.backward()
+        F.cross_entropy(model(b).logits[:, :-1].flatten(0, 1), b[:, 1:].flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o, peak in (muon, 9e-3), (adam, 3e-3):
             o.param_groups[0]["lr"] = peak * min(1, (step + 1) / 30, (steps - step) / (0.6 * steps))
             o.step()
             o.zero_grad()
-    part = folder.with_name(folder.name + ".part")
     model.save_pretrained(part)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
-    tokenizer.save_pretrained(part)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>").save_pretrained(part)
     write_text("".join(json.dumps({"text": d}) + "\n" for d in docs), part / "text.jsonl")
     part.replace(folder)
 
 # ---- The distillation cycles -------------------------------------------------------------------------------------------
 def open_run(cfg, out):
     """What an earlier run measured in OUT, {} if there was none. BadInput where OUT belongs to another configuration."""
-    if not (out / "config.json").exists():
-        return {}
+    if not (out / "config.json").exists(): return {}
     old, new = json.loads((out / "config.json").read_text()), json.loads(json.dumps(asdict(cfg)))
-    free = "device", "out", "checkpoint_minutes", "cycles"  # none of these changes a training: more cycles go on
+    free = "device", "out", "checkpoint_minutes", "cycles", "transfer_k", "cache", "cache_gb", "compile"  # these change no training
     differ = [f"{key} {old.get(key)} there, {new[key]} here" for key in new if key not in free and old.get(key) != new[key]]
     need(not differ, f"--out {out}: holds a run with other settings ({'; '.join(differ)}); give another --out")
     return old["measured"]
-
-def one_cycle(cfg, model, text, measured, core, training, cycle, out):
-    """Train, evaluate, attribute, select; save OUT/cycleN. Returns the next core, and the row for the table.
-    training: the cycle's number counted over all runs that led to the core."""
-    print(f"cycle {cycle}/{cfg.cycles}   core {len(core)}{'' if len(core) else ' (this is the plain Matryoshka baseline)'}\n"
-          "   step    tokens     loss     fvu      l0  (core)   dead   ktok/s", flush=True)
-    sae, dead, seconds = train_sae(cfg, model, text, measured["scale"], core, cycle, out)
-    clock = time.time() - seconds
-    sae.fold_scale(measured["scale"])
-    ids = text.contexts(slice(text.n_eval + text.n_attribution)).split([text.n_eval, text.n_attribution])
-    held = evaluate(model, cfg.layer, text, ids[0], sae, measured["ce_original"], measured["ce_zero"])
-    scores, density = attribute(model, cfg.layer, text, ids[1], sae, cfg.attribution_agg, cfg.attribution_error)
-    chosen = select_core(scores, cfg.coverage)
-    order = dict(attribution=chosen, frequency=density.sort(descending=True, stable=True).indices,
-                 random=torch.randperm(len(scores), generator=generator(cfg.seed, cycle, "core")))
-    chosen = order[cfg.select][:len(chosen)]  # the controls are of the size that attribution would have chosen
-    new, kept = next_core(core, sae, chosen, scores, density, training), int((chosen < len(core)).sum())
-    births, tokens = new.birth[:, 0].tolist(), cfg.tokens // cfg.batch * cfg.batch
-    origins = {b: births.count(b) for b in sorted(set(births))}
-    row = dict(cycle=cycle, core=len(new), kept=kept, new=len(new) - kept, dropped=len(core) - kept, origins=origins, **held,
-               dead=dead, widths=sae.widths, tokens=tokens, seconds=time.time() - clock)
-    part = out / f"cycle{cycle}.part"
-    part.mkdir(exist_ok=True)
-    save_sae(sae, part, model_name=cfg.model, hook_name=f"blocks.{cfg.layer}.hook_resid_post", context_size=cfg.ctx,
-             prepend_bos=True, dataset_path=cfg.text or cfg.dataset, config=asdict(cfg), result=row)
-    save_tensors(vars(new), part / "core.safetensors", training=training, **asdict(cfg))
-    log(out, row, f"  core: {len(new)} of {sae.widths[0]} latents, {scores[chosen].sum() / scores.sum():.1%} of the attribution; "
-        f"born in training {', '.join(f'{b}: {count}' for b, count in origins.items())}")
-    part.replace(out / f"cycle{cycle}")
-    (out / "checkpoint.safetensors").unlink()
-    if held["core_l0"] > cfg.k / 2:
-        print(f"  warning: the core alone has L0 {held['core_l0']:.1f}, more than half of k = {cfg.k}; "
-              f"total L0 is {held['l0']:.1f}. See --core-sparsity", flush=True)
-    return new, row
-
-def run(cfg):
-    """A whole run, from wherever OUT has it."""
-    check(cfg)
-    from transformers import AutoTokenizer
-    out = Path(cfg.out)
-    measured, lm = open_run(cfg, out), model_config(cfg)
+def check_model(cfg):
+    """Refuse what only the model's configuration and the disks can tell. Returns the configuration; bytes for OUT and cache. BadInput"""
+    lm, size = model_config(cfg), 2 if cfg.device.startswith("cuda") else 4
+    saes, longest = cfg.cycles + 1 + len(cfg.transfer_k), getattr(lm, "max_position_embeddings", cfg.ctx)
+    disk = (6 + saes) * 8 * cfg.d_sae * lm.hidden_size + 4 * cfg.tokens, min(1e9 * (cfg.cache_gb or math.inf), cfg.tokens * lm.hidden_size * size)  # 6: checkpoints
     need(cfg.layer < lm.num_hidden_layers, f"--layer {cfg.layer}: {cfg.model} has layers 0 to {lm.num_hidden_layers - 1}, for "
          f"example --layer {lm.num_hidden_layers // 2}")
-    need(cfg.ctx <= getattr(lm, "max_position_embeddings", cfg.ctx), f"--ctx {cfg.ctx}: {cfg.model} takes at most "
-         f"{getattr(lm, 'max_position_embeddings', 0)}, for example --ctx 128")
-    core, training = load_core(cfg.core, lm.hidden_size) if cfg.core else (Core(torch.zeros(0, lm.hidden_size)), -1)
-    cfg.widths(len(core))
-    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
-    wanted = (6 + cfg.cycles + 1) * 8 * cfg.d_sae * lm.hidden_size + 4 * cfg.tokens  # checkpoint, old and new; SAEs; token ids
-    need(measured or free >= wanted, f"--out {out}: has {free / 1e9:.3g} GB free of the {wanted / 1e9:.3g} GB that it writes; "
-         "give another disk, or a smaller --d-sae or --tokens")
-    cuda = cfg.device.startswith("cuda")
-    machine = torch.cuda.get_device_name(cfg.device) if cuda else f"{cfg.device}, {torch.get_num_threads()} threads"
-    print(f"dmsae | {cfg.model} layer {cfg.layer} | {machine} | {out}\n  cycles {cfg.cycles}   k {cfg.k}   d_sae {cfg.d_sae:,}   "
-          f"prefixes {' '.join(map(str, cfg.widths()))}   tokens/training {cfg.tokens:,}   core {cfg.core_sparsity}", flush=True)
-    torch.set_float32_matmul_precision("high")  # TF32 for the encoder's product; parameters and moments stay float32
+    need(cfg.ctx <= longest, f"--ctx {cfg.ctx}: {cfg.model} takes at most {longest}, for example --ctx {min(longest, 128)}")
+    for flag, path, wanted in zip(("--out", "--cache"), (cfg.out, cfg.cache), disk) if not cfg.dry_run else ():
+        near = next(p for p in (Path(path or "."), *Path(path or ".").absolute().parents) if p.exists())
+        free = shutil.disk_usage(near).free + sum(f.stat().st_size for f in Path(path or "none").rglob("*.*"))  # what is there counts
+        need(not path or free >= wanted, f"{flag} {path}: has {free / 1e9:.3g} GB free of the {wanted / 1e9:.3g} GB that it takes; give "
+             "another disk, or a smaller --d-sae, --tokens or --cache-gb")
+    return lm, disk
+def prepare(cfg, out):
+    """The language model, the text, and what is measured of them once for all trainings; all is in OUT when it returns."""
+    from transformers import AutoTokenizer
+    measured, clock = open_run(cfg, out), time.time()
     out.mkdir(parents=True, exist_ok=True)
-    clock = time.time()
     if cfg.demo_builds:
         build_demo(Path(cfg.model))
         print(f"  demo language model trained in {time.time() - clock:.0f} s, saved in {cfg.model}", flush=True)
@@ -864,28 +757,134 @@ def run(cfg):
         measured = dict(scale=math.sqrt(x.shape[1] / x.pow(2).sum(1).mean().item()),  # mean ||x||^2 = D, on 65,536 tokens (ours)
                         ce_original=mean_loss(*where, lambda h, keep: h),
                         ce_zero=mean_loss(*where, lambda h, keep: torch.zeros_like(h)))
-    save_config()
+    if place()[0] == 0: save_config()
     print("  held-out loss {ce_original:.3f} nats a token, {ce_zero:.3f} with the layer zeroed".format(**measured), flush=True)
-    table = []
-    while (out / f"cycle{len(table)}").exists() and len(table) <= cfg.cycles:
-        table.append(json.loads((out / f"cycle{len(table)}" / "cfg.json").read_text())["metadata"]["result"])
-        core, _ = load_core(out / f"cycle{len(table) - 1}" / "core.safetensors", lm.hidden_size)
-        print(f"  cycle {len(table) - 1} is done")
-    for cycle in range(len(table), cfg.cycles + 1):
-        core, row = one_cycle(cfg, model, text, measured, core, training + 1 + cycle, cycle, out)
-        table.append(row)
-    print("cycle   core   kept    new dropped      l0    (core)  ce recovered    dead   minutes   fvu by prefix")
+    return model, text, measured
+def finish(cfg, model, text, measured, core, number, label, training, seconds):
+    """Evaluate, attribute, select; save all of it as OUT/cycle<label>. number: the training's, over all runs that led to the core."""
+    clock, sae, out = time.time() - seconds, training.sae, Path(cfg.out) / f"cycle{label}"
+    sae.fold_scale(measured["scale"])
+    ids = text.contexts(slice(text.n_eval + text.n_attribution)).split([text.n_eval, text.n_attribution])
+    held = evaluate(model, cfg.layer, text, ids[0], sae, measured["ce_original"], measured["ce_zero"])
+    scores, density = attribute(model, cfg.layer, text, ids[1], sae, cfg.attribution_agg, cfg.attribution_error)
+    chosen = select_core(scores, cfg.coverage)
+    order = dict(attribution=chosen, frequency=density.sort(descending=True, stable=True).indices,
+                 random=torch.randperm(len(scores), generator=generator(cfg.seed, label, "core")))
+    chosen = order[cfg.select][:len(chosen)]  # the controls are of the size that attribution would have chosen
+    new, kept = next_core(core, sae, chosen, scores, density, number), int((chosen < len(core)).sum())
+    origins, dead = dict(sorted(Counter(new.birth[:, 0].tolist()).items())), training.dead().float().mean().item()
+    row = dict(cycle=label, core=len(new), kept=kept, new=len(new) - kept, dropped=len(core) - kept, origins=origins, **held,
+               dead=dead, widths=sae.widths, tokens=training.steps * cfg.batch, seconds=time.time() - clock)
+    part = out.with_suffix(".part")
+    part.mkdir(exist_ok=True)
+    save_sae(sae, part, model_name=cfg.model, hook_name=f"blocks.{cfg.layer}.hook_resid_post", context_size=cfg.ctx,
+             prepend_bos=True, dataset_path=cfg.text or cfg.dataset, config=asdict(cfg), result=row)
+    save_tensors(vars(new), part / "core.safetensors", training=number, **asdict(cfg))
+    part.replace(out)
+    print(f"  core: {len(new)} of {sae.widths[0]} latents, {scores[chosen].sum() / scores.sum():.1%} of the attribution; "
+          f"born in training {', '.join(f'{b}: {count}' for b, count in origins.items())}", flush=True)
+    words = "  warning: the core alone has L0 {core_l0:.1f}, more than half of k = {k}; total L0 is {l0:.1f}. See --core-sparsity"
+    if row["core_l0"] > training.k / 2: print(words.format(k=training.k, **row), flush=True)
+
+def distil(cfg):
+    """A whole run, from wherever OUT has it: trainings 0..cycles, then the transfers of the last core."""
+    clock, cuda, (lm, _), out = time.time(), cfg.device.startswith("cuda"), check_model(cfg), Path(cfg.out)
+    core, number = load_core(cfg.core, lm.hidden_size) if cfg.core else (Core(torch.zeros(0, lm.hidden_size)), -1)
+    cfg.widths(len(core))
+    (rank, world), wait, table = place(), dist.barrier if dist.is_initialized() else lambda: None, []
+    where = f"{world} x " * (world > 1) + (torch.cuda.get_device_name(cfg.device) if cuda else f"{cfg.device}, {torch.get_num_threads()} threads")
+    print(f"dmsae | {cfg.model} layer {cfg.layer} | {where} | {out}\n  cycles {cfg.cycles}   k {cfg.k}   d_sae {cfg.d_sae:,}   "
+          f"prefixes {' '.join(map(str, cfg.widths()))}   tokens/training {cfg.tokens:,}   core {cfg.core_sparsity}", flush=True)
+    if rank: wait()  # process 0 prepares, and the others find its files
+    model, text, measured = prepare(cfg, out)
+    if not rank: wait()
+    for n in range(cfg.cycles + 2):  # the last round is the transfers'
+        ks = {n: cfg.k} if n <= cfg.cycles else {f"{cfg.cycles}_k{k}": k for k in cfg.transfer_k}
+        todo = [label for label in ks if not (out / f"cycle{label}").exists()]
+        room = torch.cuda.mem_get_info(cfg.device)[1] - sum(p.nbytes for p in model.parameters()) if cuda else math.inf
+        fit = max(1, int(min(len(ks), room / (24 * cfg.d_sae * lm.hidden_size) - 2)))  # SAEs with Adam in memory at once, and 2 spare
+        for group in (todo[i:i + fit] for i in range(0, len(todo), fit)):
+            print(f"cycle {', '.join(map(str, group))} of {cfg.cycles}   core {len(core) or '0 (this is the plain Matryoshka baseline)'}\n"
+                  "   step    tokens     loss     fvu      l0  (core)   dead   ktok/s", flush=True)
+            trainings, seconds = train_saes(cfg, model, text, measured["scale"], core, n, {label: ks[label] for label in group}, out)
+            for label in group if rank == 0 else ():
+                finish(cfg, model, text, measured, core, number + 1 + n, label, trainings.pop(label), seconds)
+            wait()
+            (out / f"checkpoint{group[0]}.safetensors").unlink(missing_ok=True)
+        table += [json.loads((out / f"cycle{label}" / "cfg.json").read_text())["metadata"]["result"] for label in ks]
+        if n <= cfg.cycles: core = load_core(out / f"cycle{n}" / "core.safetensors", lm.hidden_size)[0]
+    print("cycle     core   kept    new dropped      l0    (core)  ce recovered    dead   minutes   fvu by prefix")
     for r in table:
-        print("{cycle:5d} {core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:9.1f}".format(**r),
+        print("{cycle!s:8s}{core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:9.1f}".format(**r),
               f"{r['ce_recovered']:13.4f} {r['dead']:7.1%} {r['seconds'] / 60:9.1f}  ", *(f"{f:.4f}" for f in r["fvu"]))
-    counts = [f"{int((core.votes >= v).sum())} by {v} or more" for v in range(1, int(core.votes.max()) + 1)]
     peak = f", peak GPU memory {torch.cuda.max_memory_allocated(cfg.device) / 2**30:.1f} GiB" if cuda else ""
-    print(f"distilled core: latents by how many trainings selected them: {', '.join(counts)}\n"
+    print(f"core latents by how many trainings selected them: {dict(sorted(Counter(core.votes.tolist()).items()))}\n"
           f"done in {(time.time() - clock) / 60:.1f} minutes{peak}; SAEs and cores are in {out}/cycle*; next: python eval.py {out}")
+
+def run(cfg):
+    """What the command line asks for; under torchrun one process of it."""
+    check(cfg)
+    torch.set_float32_matmul_precision("high")  # TF32 for the encoder's product; parameters and moments stay float32
+    if cfg.dry_run: return dry_run(cfg)
+    if "WORLD_SIZE" not in os.environ: return distil(cfg)
+    if cfg.device.startswith("cuda"):
+        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(cfg.device)
+    dist.init_process_group(timeout=datetime.timedelta(hours=12))  # why so long: the others wait while process 0 evaluates
+    sys.stdout = sys.stdout if place()[0] == 0 else open(os.devnull, "w")
+    distil(cfg)
+    dist.destroy_process_group()
+
+# ---- --dry-run: what would it take? ------------------------------------------------------------------------------------
+def timed(f, device, seconds=5):
+    """Median seconds of f() (torch.utils.benchmark, for `seconds` or two calls); peak memory in bytes, on a CPU of the process so far."""
+    f()  # compiles, warms up
+    if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
+    timer = torch.utils.benchmark.Timer("f()", globals=dict(f=f), num_threads=torch.get_num_threads())
+    median, host = timer.blocked_autorange(min_run_time=seconds).median, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return median, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host
+
+def dry_run(cfg):
+    """Time every phase of the command with its real shapes on random tokens, beside the least that this machine could need (by its
+    own big matrix product and big copy), and print what the whole command would take."""
+    (lm, disk), B, model = check_model(cfg), cfg.batch, load_model(cfg)
+    D, V, device, cuda = lm.hidden_size, lm.vocab_size, model.device, cfg.device.startswith("cuda")
+    rows = np.random.default_rng(0).integers(1, V, (-(-(16384 if cuda else 4096) // cfg.ctx), cfg.ctx - 1), np.int32)
+    text, x = Text(rows, 0, torch.tensor([0]), 1, 1), torch.randn(B, D, device=device)  # token 0 is BOS
+    ids, block = text.contexts(slice(len(rows))), torch.empty(64 * B, D, dtype=model.dtype, device=device)  # block: lies there in training
+    few, t = ids[:max(1, 2**28 // V // cfg.ctx)], Training(cfg, cfg.k, Core(torch.zeros(0, D)), x, 1.0, 0)
+    def step(dead=0):
+        t.since[cfg.d_sae - dead:] = t.dead_after
+        t.step(x, 0)
+    a, b = torch.randn(*2 * [8192 if cuda else 2048], dtype=model.dtype, device=device), torch.empty(2, 2**25, device=device)
+    flops, copied = 2 * len(a)**3 / timed(lambda: a @ a, device)[0], b.nbytes / timed(lambda: b[0].copy_(b[1]), device)[0]  # a second
+    product = timed(lambda: torch.addmm(t.sae.b_enc.data, x, t.sae.W_enc.data.T), device)[0]
+    adam = 28 * sum(p.numel() for p in t.trained) / copied  # 28: the bytes that Adam moves for a parameter
+    P = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)] + [V * D]  # parameters, head last
+    kept = disk[1] / (cfg.tokens * D * block.itemsize) if cfg.cache else 0  # share of the activations that the cache holds
+    saes, again = cfg.cycles + 1 + len(cfg.transfer_k), (cfg.cycles + bool(cfg.transfer_k)) * (1 - kept)
+    phases = {  # what is called; tokens of a call, and of the whole command; seconds that a call needs at least
+        "train": (step, B, cfg.tokens * saes, product + adam),
+        "train, 1/4 dead": (lambda: step(cfg.d_sae // 4), B, 0, product + adam),
+        "harvest": (lambda: harvest(model, cfg.layer, text, ids), ids.numel(), cfg.tokens * (1 + again),
+                    2 * ids.numel() * sum(P[:cfg.layer + 1]) / flops),
+        "attribute": (lambda: attribute(model, cfg.layer, text, few, t.sae, cfg.attribution_agg), few.numel(),
+                      saes * (cfg.attribution_tokens + 131072), 2 * few.numel() * (sum(P) + sum(P[cfg.layer + 1:])) / flops)}
+    times = {name: timed(f, device) for name, (f, *_) in phases.items()}
+    total = sum(times[name][0] * tokens / n for name, (_, n, tokens, _) in phases.items())
+    print(f"dmsae --dry-run | {cfg.model} layer {cfg.layer} | {cfg.device}, torch {torch.__version__}: {flops / 1e12:.3g} TFLOP/s "
+          f"({model.dtype} product), {copied / 1e9:.3g} GB/s (copy)\nphase                  ms    tokens/s    share   peak GiB   time / floor")
+    for name, (_, n, tokens, floor) in phases.items():
+        s, peak = times[name]
+        print(f"{name:15s} {1e3 * s:9.1f} {n / s:11,.0f} {s * tokens / n / total:8.1%} {peak / 2**30:10.2f} {s / floor:14.2f}")
+    print(f"floors: encoder product {1e3 * product:.1f} ms and Adam's bytes {1e3 * adam:.1f} ms a step; 2 FLOP a parameter and token\nthe whole "
+          f"command: {total / 3600:.3g} hours and tokenising; {disk[0] / 1e9:.3g} GB in {cfg.out}",
+          f"and {disk[1] / 1e9:.3g} GB in {cfg.cache}" * bool(cfg.cache))
 
 def main(argv=None, name="dmsae", work=lambda argv: run(parse(argv))):
     """The command line (eval.py's too). Returns the exit code: 0 done, 2 bad input, 130 interrupted."""
     warnings.filterwarnings("ignore", message="Sparse CSR")  # torch calls them beta
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # why: huge pages make a step on a CPU a sixth faster
     try:
         work(argv)
         return 0

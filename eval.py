@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from dmsae import (BadInput, Config, check, generator, load_core, load_model, load_sae, main, model_config, need, open_text,
+from dmsae import (BadInput, Config, candidates, check, generator, load_core, load_model, load_sae, main, model_config, need, open_text,
                    progress, residual_stream, spliced, write_text)
 
 class CannotRun(Exception): """Why a metric has no value here."""
@@ -247,9 +247,8 @@ def pooled(model, layer, tokenizer, text, sae, texts, ctx=128):
         keep = text.keep(ids)
         n, doc = keep.sum(1, keepdim=True).clamp_min(1), keep.nonzero()[:, 0]  # doc (B,): which text a token is of
         x = residual_stream(model, layer, ids)[keep].float()  # (B, D)
-        pre = sae.pre(x)
-        row, col = (pre > sae.threshold).nonzero(as_tuple=True)
-        A.append(x.new_zeros(len(rows) * d_sae).index_add_(0, doc[row] * d_sae + col, pre[row, col]).view(-1, d_sae) / n)
+        value, row, col = candidates(x - sae.b_dec, sae.W_enc, sae.b_enc, sae.threshold)
+        A.append(x.new_zeros(len(rows) * d_sae).index_add_(0, doc[row] * d_sae + col, value).view(-1, d_sae) / n)
         X.append(x.new_zeros(len(rows), x.shape[1]).index_add_(0, doc, x) / n)
     return torch.cat(X), torch.cat(A)
 
@@ -520,7 +519,7 @@ def config_of(folder, given):
         raise BadInput(f"{folder}: is neither a run folder (cycle0, ...) nor the folder of an SAE of blocks.N.hook_resid_post ({e!r})") from None
     known |= dict(device="auto", demo=False, core=None) | ({"text": None, "separator": None} if {"text", "dataset"} & given.keys() else {}) | given
     need(known["model"], f"{folder}: does not name its language model; give it, for example --model google/gemma-2-2b")
-    return Config(**{f.name: known[f.name] for f in fields(Config) if known.get(f.name) is not None})
+    return Config(**{f.name: known[f.name] for f in fields(Config) if known.get(f.name) is not None} | dict(compile=False))
 
 def read_facts(path):
     """Entities and templates for ravel. BadInput."""
