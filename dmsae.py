@@ -7,7 +7,7 @@
                 model's next-token loss, back-propagated to the narrowest nested reconstruction
         core  = the smallest set of latents that holds 90 % of the score; only its encoder rows travel on
 
-    python dmsae.py --demo                    everything in miniature, no network, no GPU: 3 min 41 s on two CPU cores
+    python dmsae.py --demo                    everything in miniature, no network, no GPU: under 3 minutes on two CPU cores
     python dmsae.py --cycles 5 --k 64         google/gemma-2-2b, layer 12, 65,536 latents, one GPU
 
 Shapes: B tokens in a batch, T in a context, D = d_model, F = d_sae, G prefixes, C core latents, M = C + the width of prefix 0,
@@ -15,7 +15,7 @@ n survivors of BatchTopK. W_enc and W_dec are both (F, D): one row per latent. P
 2503.17547), Bussmann et al. 2024 (BatchTopK, 2412.06410), Gao et al. 2024 (TopK and the dead-latent loss, 2406.04093), Karvonen
 et al. 2025 (SAEBench, 2503.09532).
 """
-import argparse, contextlib, datetime, importlib.util, itertools, json, math, os, re, resource, shutil, signal, sys, sysconfig, time, warnings, zlib
+import argparse, contextlib, datetime, importlib.util, itertools, json, math, os, re, shutil, signal, sys, sysconfig, time, warnings, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -178,8 +178,8 @@ def ahead(items):
             yield item
 def progress(name, items=None, **words):  # a bar of process 0 on a terminal, nothing in a log
     return tqdm(items, desc=name, unit_scale=True, disable=place()[0] > 0 or None, leave=False, **words)
-def generator(*place):  # seeded by its place (seed, training, block, ...). why: then there is no generator state to save
-    return torch.Generator().manual_seed(zlib.crc32(repr(place).encode()))
+def generator(*key):  # seeded by its key (seed, training, block, ...). why: then there is no generator state to save
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 @dataclass
 class Text:
     """A run's text as R contexts of token ids: which are held out, and which tokens the SAE never sees."""
@@ -626,11 +626,11 @@ def next_core(core, sae, chosen, scores, density, training):
     """The core after training number `training`: `chosen` of the M candidates. Old members keep row, gate and identity. sae: raw units."""
     new = torch.arange(len(core), sae.widths[0])
     W_new, birth = sae.W_enc.cpu()[new], torch.stack([torch.full_like(new, training), new], 1)
-    candidates = Core(  # old members first, as in the SAE
+    offered = Core(  # old members first, as in the SAE
         torch.cat([core.W_enc, W_new]), torch.cat([core.bias, sae.b_enc.cpu()[new] - W_new @ sae.b_dec.cpu()]),
         torch.cat([core.threshold, sae.threshold.cpu()[new]]), torch.cat([core.birth, birth]),
         torch.cat([core.votes, torch.zeros_like(new)]) + 1, scores.float(), density.float(), torch.arange(sae.widths[0]))
-    return Core(*(t[chosen] for t in vars(candidates).values()))
+    return Core(*(t[chosen] for t in vars(offered).values()))
 
 # ---- Files: written beside their place, then renamed, so what is there is whole ----------------------------------------
 def write_text(text, path):
@@ -838,6 +838,7 @@ def run(cfg):
 # ---- --dry-run: what would it take? ------------------------------------------------------------------------------------
 def timed(f, device, seconds=5):
     """Median seconds of f() (torch.utils.benchmark, for `seconds` or two calls); peak memory in bytes, on a CPU of the process so far."""
+    import resource  # not there on Windows
     f()  # compiles, warms up
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
     timer = torch.utils.benchmark.Timer("f()", globals=dict(f=f), num_threads=torch.get_num_threads())

@@ -746,12 +746,15 @@ def test_cache_changes_no_result_and_spares_the_harvest(lm, tmp_path, monkeypatc
     same_weights(tmp_path / "without", tmp_path / "with")
     assert dmsae.main(command(lm, tmp_path / "other k", tokens=25_600, cache=tmp_path / "cache", k=3, cycles=0)) == 0
     assert len(blocks) == 2 * alone - 4 + 1, "another k must find all blocks"
+    assert dmsae.main(command(lm, tmp_path / "seed", tokens=25_600, cache=tmp_path / "cache", seed=1, cycles=0)) == 0
+    assert dmsae.main(command(lm, tmp_path / "seed without", tokens=25_600, seed=1, cycles=0)) == 0
+    same_weights(tmp_path / "seed", tmp_path / "seed without", [0])
     other = tmp_path / "lm"
     shutil.copytree(lm, other)
     model = load_file(other / "model.safetensors")
     save_file({n: t * 1.01 for n, t in model.items()}, other / "model.safetensors", {"format": "pt"})
     assert dmsae.main(command(other, tmp_path / "other", tokens=25_600, cache=tmp_path / "cache", cycles=0)) == 0
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 3, "one for each: seed 0, seed 1, the other model"
     files[0].write_bytes(files[0].read_bytes()[:-9])
     assert dmsae.main(command(lm, tmp_path / "damaged", tokens=25_600, cache=tmp_path / "cache", cycles=0)) == 2
     assert str(files[0]) in capsys.readouterr().err
@@ -793,6 +796,18 @@ def test_transfers_resume_from_their_checkpoint(lm, tmp_path):
     for out in ("killed", "whole"):
         assert dmsae.main([*command(lm, tmp_path / out, tokens=25_600, cycles=0, checkpoint_minutes=0), "--transfer-k", "3", "9"]) == 0
     same_weights(tmp_path / "killed", tmp_path / "whole", (0, "0_k3", "0_k9"))
+
+def test_a_checkpoint_of_other_transfers_is_not_taken_for_theirs(lm, tmp_path, monkeypatch):
+    """Stopped while k = 3 trained alone, k = 3 and 9 side by side must still both be trained from their beginning."""
+    words, real = dict(tokens=25_600, cycles=0), dmsae.Training.step
+    assert dmsae.main(command(lm, tmp_path / "a", **words)) == 0
+    monkeypatch.setattr(dmsae.Training, "step", lambda self, x, step: os.kill(os.getpid(), signal.SIGINT) if step == 50 else real(self, x, step))
+    assert dmsae.main([*command(lm, tmp_path / "a", **words), "--transfer-k", "3"]) == 130
+    assert (tmp_path / "a" / "checkpoint0_k3.safetensors").exists()
+    monkeypatch.setattr(dmsae.Training, "step", real)
+    for out in ("a", "b"):
+        assert dmsae.main([*command(lm, tmp_path / out, **words), "--transfer-k", "3", "9"]) == 0
+    same_weights(tmp_path / "a", tmp_path / "b", (0, "0_k3", "0_k9"))
 
 def torchrun(lm, out, **changes):
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "dmsae.py",
@@ -862,6 +877,8 @@ def test_dry_run_times_every_phase_and_leaves_nothing(lm, tmp_path, capsys, monk
     asked = []
     monkeypatch.setattr(transformers, "Gemma2Config", lambda: asked.append(1) or tiny)
     monkeypatch.setattr(dmsae, "timed", lambda f, device, real=dmsae.timed: real(f, device, 0.05))
+    dead, real_loss = [], dmsae.dead_latent_loss
+    monkeypatch.setattr(dmsae, "dead_latent_loss", lambda x, r, W, *rest: dead.append(len(W)) or real_loss(x, r, W, *rest))
     for words in (dict(), dict(model="google/gemma-2-2b", text=None, separator=None)):
         flags = ["--dry-run", "--transfer-k", "3", "9", "--cache", str(tmp_path / "c"), *["--random-init"] * ("model" in words)]
         assert dmsae.main([*command(lm, tmp_path / "out", **words), *flags]) == 0
@@ -870,8 +887,12 @@ def test_dry_run_times_every_phase_and_leaves_nothing(lm, tmp_path, capsys, monk
         assert rows.keys() == {"train", "train, 1/4 dead", "harvest", "attribute"}, out
         assert sum(r[2] for r in rows.values()) == pytest.approx(100, abs=0.3) and all(min(r[:2] + r[3:]) > 0 for r in rows.values())
         assert rows["train"][1] == pytest.approx(128 / rows["train"][0] * 1e3, rel=0.05)
-        assert "hours" in out and "GB in" in out and list(tmp_path.iterdir()) == []
-    assert asked
+        cfg = dmsae.parse([*command(lm, tmp_path / "out", **words), *flags])
+        tokens = dict(train=4 * cfg.tokens, harvest=cfg.tokens, attribute=4 * (cfg.attribution_tokens + 131_072))  # 2 cycles, 2 transfers
+        hours = sum(n / rows[name][1] for name, n in tokens.items()) / 3600
+        assert float(re.search(r"command: ([\d.e-]+) hours", out)[1]) == pytest.approx(hours, rel=0.02)
+        assert "GB in" in out and list(tmp_path.iterdir()) == []
+    assert asked and max(dead) == cfg.d_sae // 4, "a few may die by themselves"
 
 # ---- Bad input ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("changes, words", [
