@@ -94,7 +94,6 @@ class Config:
 
 KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # what `datasets` calls them
 DEMO = dict(layer=1, ctx=128, tokens=400_000, d_sae=2048, k=16, batch=1024, lr=2e-3, cycles=3, attribution_tokens=60_000)
-
 def parse(argv=None):
     """Command line -> Config. One line and exit code 2 on words that cannot be read."""
     p = argparse.ArgumentParser("dmsae.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -733,6 +732,7 @@ def check_model(cfg):
     need(cfg.ctx <= longest, f"--ctx {cfg.ctx}: {cfg.model} takes at most {longest}, for example --ctx {min(longest, 128)}")
     for flag, path, wanted in zip(("--out", "--cache"), (cfg.out, cfg.cache), disk) if not cfg.dry_run else ():
         near = next(p for p in (Path(path or "."), *Path(path or ".").absolute().parents) if p.exists())
+        need(not path or near.is_dir(), f"{flag} {path}: must be a folder, and {near} is a file; give another name")
         free = shutil.disk_usage(near).free + sum(f.stat().st_size for f in Path(path or "none").rglob("*.*"))  # what is there counts
         need(not path or free >= wanted, f"{flag} {path}: has {free / 1e9:.3g} GB free of the {wanted / 1e9:.3g} GB that it takes; give "
              "another disk, or a smaller --d-sae, --tokens or --cache-gb")

@@ -903,7 +903,8 @@ def test_dry_run_times_every_phase_and_leaves_nothing(lm, tmp_path, capsys, monk
     (dict(device="cuda:77"), ["--device cuda:77", "cpu"]), (dict(separator=""), ["--separator"]), (dict(d_sae="many"), ["invalid int"]),
     (dict(colour="red"), ["--colour"]), (dict(select="best"), ["attribution"]), (dict(seed=-1), ["--seed -1"]),
     (dict(transfer_k="128"), ["--transfer-k 128", "below d_sae"]), (dict(transfer_k="5,6"), ["--transfer-k", "invalid int"]),
-    (dict(cache_gb=5), ["--cache-gb 5", "--cache DIR"]), (dict(cache="c", cache_gb=0), ["--cache-gb 0"])])
+    (dict(cache_gb=5), ["--cache-gb 5", "--cache DIR"]), (dict(cache="c", cache_gb=0), ["--cache-gb 0"]),
+    (dict(cache=__file__), ["--cache", "must be a folder"])])
 def test_bad_input_is_one_line_and_exit_2(lm, tmp_path, capsys, changes, words):
     """What was given, what is allowed; no traceback, nothing written."""
     try:
