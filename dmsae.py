@@ -5,7 +5,7 @@
         sae   = a Matryoshka BatchTopK SAE, trained from scratch; `core` stands frozen inside its every prefix
         score = |activation x gradient| of each latent of core + prefix 0, the gradient being that of the language
                 model's next-token loss, back-propagated to the narrowest nested reconstruction
-        core  = the smallest set of latents that holds 90 % of the score; only its encoder rows travel on
+        core  = the smallest set of latents that holds 90 % of the score; only its encoder rows travel on (and, ours, their gates)
 
     python dmsae.py --demo                    everything in miniature, no network, no GPU: under 3 minutes on two CPU cores
     python dmsae.py --cycles 5 --k 64         google/gemma-2-2b, layer 12, 65,536 latents, one GPU
@@ -58,8 +58,8 @@ class Config:
     coverage: float = opt(0.9, "share of the attribution that the core must hold")
     select: str = opt("attribution", "what chooses the core; two controls of the same size", ("attribution", "frequency", "random"))
     core: str = opt(None, "core.safetensors file to start training 0 with")
-    core_sparsity: str = opt("dynamic", "core outside BatchTopK, the rest shrinks (dynamic) or not (exempt); in it (compete); dynamic "
-                             "with its gate of birth (gated)", ("dynamic", "exempt", "compete", "gated"))
+    core_sparsity: str = opt("gated", "core outside BatchTopK, the rest shrinks (dynamic: the paper) or not (exempt); in it (compete); "
+                             "dynamic with its gate of birth (gated)", ("dynamic", "exempt", "compete", "gated"))
     core_decoder: str = opt("encoder", "where a core latent's decoder row starts", ("encoder", "random"))
     attribution_agg: str = opt("mean", "over tokens: mean |a|, |mean a|, 0.99 quantile of |a|", ("mean", "signed", "quantile"))
     attribution_error: bool = opt(False, "add the SAE's error back, so that gradients are those of the unspliced model")

@@ -1607,17 +1607,21 @@ def test_eval_refuses_bad_input_in_one_line(words, says, story, lm, labels_csv, 
 
 # ---- README --------------------------------------------------------------------------------------------------------------
 def test_readme_commands_parse_and_its_claims_hold():
-    """Every `python dmsae.py` and `python eval.py` line of README.md must parse; line counts must be true; the JSON must be JSON."""
+    """Every dmsae.py and eval.py command of README.md, as bash expands it, must parse; line counts must be true; the JSON must be JSON."""
     readme = (HERE / "README.md").read_text()
-    commands = re.findall(r"python dmsae\.py([^\n`#]*)", readme)
-    assert len(commands) >= 4
-    for c in commands:
-        if "--help" not in c:
-            dmsae.parse(shlex.split(c.split("&&")[0]))
-    commands = re.findall(r"python eval\.py([^\n`#]*)", readme)
-    assert len(commands) >= 3
-    for c in commands:
-        ev.parse(shlex.split(c))
+    blocks = [b for b in re.findall(r"(?ms)^```\n(.*?)^```", readme) if re.match("(python|pip|torchrun|for|demo=|story=) ?", b)]
+    assert len(blocks) >= 6
+    record = 'python() { printf "%q " "$@"; echo; }; pip() { :; }; torchrun() { shift 2; python "$@"; }\n'
+    variables = "\n".join(re.findall(r"(?m)^(?:demo|story)=.*$", readme))
+    seen = Counter()
+    for block in blocks:
+        out = subprocess.run(["bash", "-uc", f"{record}{variables}\n{block}"], capture_output=True, text=True, cwd="/", check=True)
+        assert not out.stderr, (block, out.stderr)
+        for name, *argv in filter(None, map(shlex.split, out.stdout.splitlines())):
+            seen[name] += 1
+            if name.endswith(".py") and "--help" not in argv:
+                ({"dmsae.py": dmsae.parse, "eval.py": ev.parse}[name])(argv)
+    assert seen["dmsae.py"] >= 10 and seen["eval.py"] >= 3
     for name, limit in ("dmsae", 900), ("eval", 600):
         claimed, = re.findall(rf"`{name}\.py` \((\d+) lines", readme)
         assert int(claimed) == len((HERE / f"{name}.py").read_text().splitlines()) <= limit
