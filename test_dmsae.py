@@ -1671,8 +1671,8 @@ def benchmark(B=1024, D=512, F_=16384, k=32, rounds=9):
         apply_gradients(dense_trained, dense_adam, 1e-6)
 
     def gradients(dead=()):
-        adam.zero_grad()
         loss_and_grad(sae, trained, x, k, guess=guess[0], dead=dead)
+        adam.zero_grad()  # as in a step, where the next one finds no gradients to add to
 
     def product():
         torch.addmm(b, x, W.T)
