@@ -144,6 +144,13 @@ def test_survivors_equal_a_full_sort(guess, B):
     assert torch.equal(torch.stack([row, col], 1), expected.view(B, 64).nonzero())
     assert torch.allclose(value, pre[row, col]) and cut == value.min()
 
+@pytest.mark.parametrize("shape", [(3, 5), (4, 8), (16, 24), (2, 4), (0, 8)])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.9, 1.0])
+def test_true_at_is_nonzero(shape, share):
+    """Whether or not eight bytes fit, the places must be those of nonzero, in order."""
+    mask = torch.rand(shape) < share
+    assert torch.equal(dmsae.true_at(mask), mask.flatten().nonzero()[:, 0])
+
 def test_batch_topk_breaks_ties_by_place():
     """Of equal entries at the cut the earlier must survive, and never more than fit."""
     mask, cut = batch_topk(torch.tensor([1.0, 2.0, 1.0, 1.0, 3.0, 1.0]), 4)
@@ -250,6 +257,23 @@ def test_decoder_rows_are_unit_norm_after_a_step_and_get_no_gradient_along_thems
     assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-6 and not torch.equal(sae.W_dec, rows)
     along = (adam.state[sae.W_dec]["exp_avg"] * rows).sum(1).abs().max()
     assert (before * rows).sum(1).abs().max() > 1e-3 and along < 1e-6
+
+@pytest.mark.parametrize("size", [1e-4, 10.0])
+def test_gradients_are_clipped_to_norm_1_and_have_no_part_along_any_row(size):
+    """What reaches the optimiser: every decoder row's part along the row gone (in every chunk of rows), then the whole scaled to norm 1
+    where it is above; the norm before that is returned."""
+    sae, seen = MatryoshkaSAE(8, [600, 1300]), []
+    trained, rows = sae.trained(), sae.W_dec.detach().clone()
+    for p in trained:
+        p.grad = size * torch.randn_like(p)
+    want = [p.grad.clone() for p in trained]
+    want[2] -= (want[2] * rows).sum(1, keepdim=True) * rows
+    total = torch.cat([w.flatten() for w in want]).norm()
+    adam = torch.optim.Adam(trained)
+    adam.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in trained))
+    assert apply_gradients(trained, adam, 1e-3).item() == pytest.approx(total.item(), rel=1e-5) and (total > 1) == (size > 1)
+    for got, w in zip(seen, want):
+        assert torch.allclose(got, w / total.clamp_min(1), atol=1e-6 * size, rtol=1e-4)
 
 # ---- The SAE -----------------------------------------------------------------------------------------------------------
 def test_each_parameter_is_used():
@@ -585,9 +609,11 @@ def test_a_new_sae_carries_encoder_rows_and_nothing_else(mode):
         assert not sae.b_enc.any() and not sae.threshold.any()
 
 def test_core_takes_its_place_inside_d_sae():
-    """Widths grow by the core except the last, and a core that leaves nothing is refused."""
+    """Widths grow by the core except the last, or hold it where --core-in-prefixes says so; a core that leaves nothing is refused."""
     cfg = Config(d_sae=64, prefixes=(8, 32, 64))
     assert cfg.widths() == [8, 32, 64] and cfg.widths(10) == [18, 42, 64]
+    held = Config(d_sae=64, prefixes=(8, 12, 64), core_in_prefixes=True)
+    assert [held.widths(n) for n in (0, 5, 10, 20)] == [[8, 12, 64], [8, 12, 64], [11, 12, 64], [21, 22, 64]]
     assert Config().widths() == [2048, 6144, 14336, 30720, 65536]
     with pytest.raises(dmsae.BadInput, match="d-sae"):
         cfg.widths(32)
