@@ -10,7 +10,7 @@
     python dmsae.py --demo                    everything in miniature, no network, no GPU: under 3 minutes on two CPU cores
     python dmsae.py --cycles 5 --k 64         google/gemma-2-2b, layer 12, 65,536 latents, one GPU
 
-Shapes: B tokens in a batch, T in a context, D = d_model, F = d_sae, G prefixes, C core latents, M = C + the width of prefix 0,
+Shapes: B tokens in a batch, T in a context, D = d_model, F = d_sae, G prefixes, C core latents, M latents in core and prefix 0,
 n survivors of BatchTopK. W_enc and W_dec are both (F, D): one row per latent. Parents: Bussmann et al. 2025 (Matryoshka, arXiv
 2503.17547), Bussmann et al. 2024 (BatchTopK, 2412.06410), Gao et al. 2024 (TopK and the dead-latent loss, 2406.04093), Karvonen
 et al. 2025 (SAEBench, 2503.09532).
@@ -51,7 +51,7 @@ class Config:
     d_sae: int = opt(65536, "number of latents, core included")
     k: int = opt(64, "active latents per token that BatchTopK leaves on average (L0)")
     prefixes: tuple = opt((1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "nested widths without the core, as shares or numbers of d_sae", type=float, nargs="+")
-    core_in_prefixes: bool = opt(False, "--prefixes count the core too, so that prefix 0 does not grow with it")
+    core_in_prefixes: bool = opt(False, "--prefixes count the core too; each keeps room for a new latent")
     batch: int = opt(4096, "tokens per training step")
     lr: float = opt(3e-4, "peak learning rate of Adam")
     cycles: int = opt(5, "distillation cycles: trainings 0..cycles, where training 0 is the plain baseline")
@@ -84,11 +84,12 @@ class Config:
     def demo_builds(self):  # whether the demo's language model has still to be trained
         return self.demo and self.model == f"{self.out}/model" and not Path(self.model).exists()
     def widths(self, n_core=0):
-        """Cumulative widths of the prefixes, (G,) ints, with a core of n_core latents in each; the last group shrinks by it. BadInput"""
+        """Cumulative widths of the prefixes, (G,) ints, a core of n_core latents in each; the last (or first) group shrinks. BadInput"""
         m = [0, *(round(p * self.d_sae) if max(self.prefixes) <= 1 else int(p) for p in self.prefixes)]
         need(all(a < b for a, b in zip(m, m[1:])) and m[-1] == self.d_sae, f"--prefixes {' '.join(map(str, self.prefixes))}: must ascend "
              f"from above 0 and end in 1 or in d_sae ({self.d_sae}), for example --prefixes 0.0625 0.25 1")
-        need(n_core + m[-2] < m[-1], f"--d-sae {m[-1]}: must be above the core ({n_core}) plus the inner prefixes ({m[-2]})")
+        least = n_core + (len(m) - 2 if self.core_in_prefixes else m[-2])
+        need(least < m[-1], f"--d-sae {m[-1]}: must be above the core ({n_core}) plus the inner prefixes ({least - n_core})")
         return [max(w, n_core + i) if self.core_in_prefixes else n_core + w for i, w in enumerate(m[1:-1], 1)] + m[-1:]
 
 KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # what `datasets` calls them
@@ -124,7 +125,7 @@ def check(cfg):
     need(not cfg.text or Path(cfg.text).suffix in KINDS, f"--text {cfg.text}: must end in {', '.join(KINDS)}")
     need(cfg.separator is None or cfg.separator and (cfg.text or "").endswith(".txt"),
          f"--separator {cfg.separator!r}: must not be empty, and needs a .txt file, for example --text stories.txt --separator '<|endoftext|>'")
-    there = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = ["cpu"] + ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] * torch.cuda.is_available()
     need(cfg.device in there, f"--device {cfg.device}: must be auto, or what is here: {', '.join(there)}")
 
 # ---- Several processes (torchrun): each harvests and encodes its share of a batch; sums over the batch are all-reduced -----
@@ -243,8 +244,7 @@ def decoder_layers(model):
 @contextlib.contextmanager
 def spliced(model, layer, edit):
     """While open, the output h (b, T, D) of decoder layer `layer` is replaced by edit(h)."""
-    def hook(module, args, out):  # transformers 4 returns a tuple here, transformers 5 the tensor
-        return (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
+    hook = lambda module, args, out: (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)  # transformers 4: a tuple
     with decoder_layers(model)[layer].register_forward_hook(hook): yield
 @torch.no_grad()
 def residual_stream(model, layer, ids):
@@ -280,7 +280,7 @@ def mean_loss(*args):
 # ---- The sparse step: exact, with B*k of B x F activations not zero, so that only the encoder's product is dense -------
 def candidates(x, W_enc, b_enc, bound):
     """The entries of x W_enc^T + b_enc above bound (F,): value, row and col, each (n,), sorted by row, then col. x (B, D)
-    why in slices of latents: a slice is searched while it is still in the cache, and B x F numbers never exist at once."""
+    why in slices of latents: a slice is searched while it is still in the cache, and a large F needs no buffer of B x F."""
     width, found = max(8, (2**28 if x.is_cuda else 2**22) // max(1, len(x)) // 8 * 8), []  # B x width: 1 GiB on a GPU, 16 MiB on a CPU
     for W, b, low, start in zip(W_enc.split(width), b_enc.split(width), bound.split(width), range(0, len(W_enc), width)):
         pre = x @ W.T  # (B, width). why b is not added here: that would be a pass over B x F numbers more
@@ -290,13 +290,13 @@ def candidates(x, W_enc, b_enc, bound):
     row, order = row.sort(stable=True)
     return value[order], row, col[order]
 def true_at(mask):
-    """Where mask is True, in mask.flatten(): (n,). why int64: of eight bytes looked at as one, hardly any is not 0; on a CPU 4 times faster"""
-    if mask.is_cuda or mask.numel() % 8: return mask.flatten().nonzero()[:, 0]  # a device sync: how many. Without it nothing can be compacted
+    """Where mask is True, in mask.flatten(): (n,). why int64: of eight bytes read as one hardly any is not 0; where few are True 4 times faster"""
+    if mask.device.type != "cpu" or mask.numel() % 8: return mask.flatten().nonzero()[:, 0]  # a device sync: how many. Without it nothing can be compacted
     word = mask.flatten().view(torch.int64).nonzero()[:, 0]
     i, byte = mask.view(-1, 8)[word].nonzero(as_tuple=True)
     return 8 * word[i] + byte
 def batch_topk(value, n_keep):
-    """Which of value (n,) are the n_keep largest (Bussmann et al. 2024, over a whole batch; of ties the earlier): a mask (n,), and the smallest, ()."""
+    """Which of value (n,) are the n_keep largest (Bussmann et al. 2024, over a whole batch; of ties the earlier): a mask (n,), and the smallest kept, ()."""
     if len(value) <= n_keep: return torch.ones_like(value, dtype=torch.bool), value.amin() if len(value) else value.new_zeros(())
     cut = value.kthvalue(len(value) - n_keep + 1).values
     above, tie = value > cut, value == cut
@@ -390,10 +390,10 @@ class MatryoshkaSAE(nn.Module):
         n_core = int(everywhere.isinf().sum()) if E else 0
         n_keep = max(B * k, n_core + B * floor)
         if len(everywhere) < n_keep and guess > 0: return self.survivors(x, k, floor, guess / 2 if guess > 1e-3 else 0.0, B)
-        keep, cut = batch_topk(everywhere, n_keep)
+        keep, cut = batch_topk(everywhere, n_keep)  # an infinite cut: nothing but exempt latents was on
         keep = keep[start:start + len(value)].nonzero()[:, 0]  # a sync
         value, row, col = value[keep], row[keep], col[keep]
-        return value, row, col, cut, (col < self.n_core).sum() / B
+        return value, row, col, cut.masked_fill(cut.isinf(), 0), (col < self.n_core).sum() / B
     @torch.no_grad()
     def update_threshold(self, cut, step):
         """Move the threshold of competing latents towards this batch's cut: an average over the last tenth of the steps, at most 100 (ours)."""
@@ -411,13 +411,13 @@ def dead_latent_loss(x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, B=None):
     """AuxK (Gao et al. 2024): the k_aux most active of d dead latents reconstruct the residual of the widest reconstruction; error
     over the residual's variance over all B tokens. x, residual (B, D); W_enc, W_dec (d, D); b_enc (d,)"""
     pre = F.linear(x, W_enc, b_enc - W_enc @ b_dec)  # (B, d). b_dec stands outside: its gradient is cheap there
-    low, n = pre.detach(), min(k_aux, pre.shape[1])  # why numpy: on a CPU its partition is three times faster than topk
-    low = low.topk(n, sorted=False).values.amin(1) if low.is_cuda else torch.from_numpy(np.partition(low, -n, axis=1)[:, -n])
+    low, n = pre.detach(), min(k_aux, pre.shape[1])  # why numpy: on two cores its partition is three times faster than topk
+    low = low.topk(n, sorted=False).values.amin(1) if low.device.type != "cpu" else torch.from_numpy(np.partition(low, -n, axis=1)[:, -n])
     acts = pre.masked_fill_(pre.detach() < low.clamp_min(1e-30)[:, None], 0)  # why in place: fewer passes over B x d numbers
     error = (residual - acts @ W_dec).pow(2).sum()
     return error / over_all((residual - over_all(residual.sum(0)) / (B or len(x))).pow(2).sum()).clamp_min(1e-30)
 def loss_and_grad(sae, trained, x, k, floor=1, guess=0.0, dead=(), alpha=1 / 32, B=None):  # alpha: Gao et al. 2024
-    """Loss of a batch x (B, D); its gradient is added to the .grad of `trained`, which sae.trained() gave. dead (d,): which latents are.
+    """Loss of a batch x (B, D); its gradient is added to the .grad of `trained`, which sae.trained() gave. dead (d,): their indices.
     Returns loss (), x_hat (B, D), cut (), col (n,) that fired, core L0 (). B: tokens of the whole batch, where x is a process's share."""
     free, b_enc, W_dec, b_dec = trained
     value, row, col, cut, core_l0 = sae.survivors(x, k, floor, guess, B)
@@ -435,9 +435,9 @@ def apply_gradients(trained, adam, lr):
     W_dec = trained[2]
     for p in trained: over_all(p.grad)
     # why: along a unit row the gradient only works against the normalisation, and fills Adam's moments with that
-    rows = 8192 if W_dec.is_cuda else 512  # at once: on a CPU what its cache holds
+    rows = 512 if W_dec.device.type == "cpu" else 8192  # at once: on a CPU what its cache holds
     for g, W in zip(W_dec.grad.split(rows), W_dec.split(rows)): g.addcmul_(W, torch.linalg.vecdot(g, W)[:, None], value=-1)
-    norm = sum(torch.dot(g, g) for g in (p.grad.flatten() for p in trained)).sqrt()
+    norm = sum(torch.dot(g, g) for p in trained for g in p.grad.flatten().split(2**30)).sqrt()  # cuBLAS counts in int32
     nn.utils.clip_grads_with_norm_(trained, 1.0, norm)  # the clip of the SAEBench suite's trainings
     adam.param_groups[0]["lr"] = lr
     adam.step()
@@ -859,7 +859,7 @@ def dry_run(cfg):
         t.step(x, 0)
     a, b = torch.randn(*2 * [8192 if cuda else 2048], dtype=model.dtype, device=device), torch.empty(2, 2**25, device=device)
     flops, copied = 2 * len(a)**3 / timed(lambda: a @ a, device)[0], b.nbytes / timed(lambda: b[0].copy_(b[1]), device)[0]  # a second
-    product = timed(lambda: torch.addmm(t.sae.b_enc.data, x, t.sae.W_enc.data.T), device)[0]
+    product = timed(lambda: x @ t.sae.W_enc.data.T, device)[0]
     adam = 28 * sum(p.numel() for p in t.trained) / copied  # 28: the bytes that Adam moves for a parameter
     P = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)] + [V * D]  # parameters, head last
     kept = disk[1] / (cfg.tokens * D * block.itemsize) if cfg.cache else 0  # share of the activations that the cache holds

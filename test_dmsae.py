@@ -164,6 +164,21 @@ def test_no_zero_or_negative_entry_survives():
     assert (row.tolist(), col.tolist(), float(cut)) == ([0, 1], [1, 1], 2.0)
     assert len(sae.survivors(-torch.ones(2, 2), 1)[0]) == 0
 
+def test_a_batch_where_only_the_core_is_on_moves_no_threshold_to_infinity():
+    """The cut must stay finite where no competing latent is above 0."""
+    sae = random_sae(n_core=2, n_exempt=2)
+    with torch.no_grad():
+        sae.b_enc[:2], sae.b_enc[2:] = 99, -99
+    assert sae.survivors(torch.randn(4, 8, dtype=torch.float64), 3, guess=1.0)[3] == 0
+
+@pytest.mark.parametrize("B, F_", [(2**19, 13), (7, 61)])
+def test_candidates_are_those_of_the_dense_product(B, F_):
+    """In slices of which the last is ragged, or in one: places in order, and values."""
+    x, W, b, low = torch.randn(B, 4).double(), torch.randn(F_, 4).double(), torch.randn(F_).double(), torch.rand(F_).double() * 3
+    value, row, col = dmsae.candidates(x, W, b, low)
+    assert torch.equal(torch.stack([row, col], 1), (x @ W.T + b > low).nonzero()) and torch.allclose(value, (x @ W.T + b)[row, col])
+    assert dmsae.candidates(x.float(), W.float(), 30 * b.float(), 0 * low.float())[0].min() > 0
+
 def test_budget_is_exact_and_shared_by_the_whole_batch():
     """Exactly B*k latents must fire in all, not k in each row."""
     sae, x = random_sae(), torch.randn(16, 8, dtype=torch.float64)
@@ -614,6 +629,8 @@ def test_core_takes_its_place_inside_d_sae():
     assert cfg.widths() == [8, 32, 64] and cfg.widths(10) == [18, 42, 64]
     held = Config(d_sae=64, prefixes=(8, 12, 64), core_in_prefixes=True)
     assert [held.widths(n) for n in (0, 5, 10, 20)] == [[8, 12, 64], [8, 12, 64], [11, 12, 64], [21, 22, 64]]
+    with pytest.raises(dmsae.BadInput, match="d-sae"):
+        held.widths(62)
     assert Config().widths() == [2048, 6144, 14336, 30720, 65536]
     with pytest.raises(dmsae.BadInput, match="d-sae"):
         cfg.widths(32)
@@ -926,7 +943,7 @@ def test_dry_run_times_every_phase_and_leaves_nothing(lm, tmp_path, capsys, monk
     (dict(coverage=1.5), ["--coverage 1.5", "0.9"]), (dict(layer=2), ["--layer 2", "0 to 1"]), (dict(text="no.txt"), ["no.txt", "no such file"]),
     (dict(text=__file__, separator=None), [".parquet"]), (dict(core="no.safetensors"), ["no.safetensors"]), (dict(tokens=5), ["--tokens 5"]),
     (dict(model="/no/such/folder"), ["/no/such/folder", "--demo"]), (dict(ctx=65), ["--ctx 65", "64"]), (dict(lr=-1), ["--lr -1"]),
-    (dict(device="cuda:77"), ["--device cuda:77", "cpu"]), (dict(separator=""), ["--separator"]), (dict(d_sae="many"), ["invalid int"]),
+    (dict(device="cuda:77"), ["--device cuda:77", "cpu"]), (dict(device="mps"), ["--device mps", "cpu"]), (dict(separator=""), ["--separator"]), (dict(d_sae="many"), ["invalid int"]),
     (dict(colour="red"), ["--colour"]), (dict(select="best"), ["attribution"]), (dict(seed=-1), ["--seed -1"]),
     (dict(transfer_k="128"), ["--transfer-k 128", "below d_sae"]), (dict(transfer_k="5,6"), ["--transfer-k", "invalid int"]),
     (dict(cache_gb=5), ["--cache-gb 5", "--cache DIR"]), (dict(cache="c", cache_gb=0), ["--cache-gb 0"]),
@@ -1701,14 +1718,14 @@ def benchmark(B=1024, D=512, F_=16384, k=32, rounds=9):
         adam.zero_grad()  # as in a step, where the next one finds no gradients to add to
 
     def product():
-        torch.addmm(b, x, W.T)
+        torch.addmm(b, x, W.T)  # with its bias, as any encoder has it; the step adds no bias to what it throws away
 
     def product_and_adam():
         product()
         both_adam.step()
 
     cases = {"dmsae step": sparse_step, "dense autograd step": dense_step, "dmsae step, 1/4 dead": lambda: sparse_step(quarter),
-             "dense step, 1/4 dead": lambda: dense_step(quarter), "encoder product": product, "encoder product + Adam": product_and_adam,
+             "dense step, 1/4 dead": lambda: dense_step(quarter), "encoder product": product, "... without bias": lambda: x @ W.T, "encoder product + Adam": product_and_adam,
              "encode and select": lambda: sae.survivors(x, k, guess=guess[0]), "... and differentiate": gradients,
              "the same, 1/4 dead": lambda: gradients(quarter)}
     i, j = torch.arange(B * k) // 7 % B, torch.randint(0, F_, (B * k,))
