@@ -7,7 +7,7 @@
                 model's next-token loss, back-propagated to the narrowest nested reconstruction
         core  = the smallest set of latents that holds 90 % of the score; only its encoder rows travel on (and, ours, their gates)
 
-    python dmsae.py --demo                    everything in miniature, no network, no GPU: under 3 minutes on two CPU cores
+    python dmsae.py --demo                    everything in miniature, no network, no GPU: some 3 minutes on two CPU cores
     python dmsae.py --cycles 5 --k 64         google/gemma-2-2b, layer 12, 65,536 latents, one GPU
 
 Shapes: B tokens in a batch, T in a context, D = d_model, F = d_sae, G prefixes, C core latents, M latents in core and prefix 0,

@@ -1675,10 +1675,10 @@ def test_readme_snippets_run(story, lm, tmp_path, monkeypatch):
     """The three snippets must run as written, on a run folder of the README's name."""
     monkeypatch.chdir(tmp_path)
     readme = (HERE / "README.md").read_text()
-    folder, = set(re.findall(r'"(runs/[^"]*?)/cycle', readme))
+    snippets = re.findall(r"```python\n(.*?)```", readme, re.S)
+    folder, = set(re.findall(r'"(runs/[^"]*?)/cycle', "".join(snippets)))
     Path(folder).parent.mkdir(parents=True)
     os.symlink(story, folder)
-    snippets = re.findall(r"```python\n(.*?)```", readme, re.S)
     assert len(snippets) == 3
     for code in snippets:
         exec(code, {"acts": torch.randn(4096, 32), "torch": torch})
