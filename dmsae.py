@@ -296,7 +296,7 @@ def true_at(mask):
     i, byte = mask.view(-1, 8)[word].nonzero(as_tuple=True)
     return 8 * word[i] + byte
 def batch_topk(value, n_keep):
-    """Which of value (n,) are the n_keep largest (Bussmann et al. 2024, over a whole batch; of ties the earlier): a mask (n,), and the smallest kept, ()."""
+    """Which of value (n,) are the n_keep largest (Bussmann et al. 2024, over a whole batch; of ties the earlier; fewer are all kept): mask (n,), least kept ()."""
     if len(value) <= n_keep: return torch.ones_like(value, dtype=torch.bool), value.amin() if len(value) else value.new_zeros(())
     cut = value.kthvalue(len(value) - n_keep + 1).values
     above, tie = value > cut, value == cut
@@ -418,7 +418,7 @@ def dead_latent_loss(x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, B=None):
     return error / over_all((residual - over_all(residual.sum(0)) / (B or len(x))).pow(2).sum()).clamp_min(1e-30)
 def loss_and_grad(sae, trained, x, k, floor=1, guess=0.0, dead=(), alpha=1 / 32, B=None):  # alpha: Gao et al. 2024
     """Loss of a batch x (B, D); its gradient is added to the .grad of `trained`, which sae.trained() gave. dead (d,): their indices.
-    Returns loss (), x_hat (B, D), cut (), col (n,) that fired, core L0 (). B: tokens of the whole batch, where x is a process's share."""
+    Returns loss (), x_hat (B, D), cut (), col (n,) that fired, core L0 (). B: tokens of the whole batch, where x is a share; results are summands."""
     free, b_enc, W_dec, b_dec = trained
     value, row, col, cut, core_l0 = sae.survivors(x, k, floor, guess, B)
     value, x_hats = SparseAutoencode.apply(free, b_enc, W_dec, b_dec, sae.W_enc.detach(), x, value, row, col, sae.edges)
@@ -435,7 +435,7 @@ def apply_gradients(trained, adam, lr):
     W_dec = trained[2]
     for p in trained: over_all(p.grad)
     # why: along a unit row the gradient only works against the normalisation, and fills Adam's moments with that
-    rows = 512 if W_dec.device.type == "cpu" else 8192  # at once: on a CPU what its cache holds
+    rows = 512 if W_dec.device.type == "cpu" else 8192  # at once (ours): on a CPU what its cache holds
     for g, W in zip(W_dec.grad.split(rows), W_dec.split(rows)): g.addcmul_(W, torch.linalg.vecdot(g, W)[:, None], value=-1)
     norm = sum(torch.dot(g, g) for p in trained for g in p.grad.flatten().split(2**30)).sqrt()  # cuBLAS counts in int32
     nn.utils.clip_grads_with_norm_(trained, 1.0, norm)  # the clip of the SAEBench suite's trainings
