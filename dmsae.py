@@ -50,7 +50,7 @@ class Config:
     tokens: int = opt(100_000_000, "tokens for each training (the paper: 500_000_000); a shorter text is repeated")
     d_sae: int = opt(65536, "number of latents, core included")
     k: int = opt(64, "active latents per token that BatchTopK leaves on average (L0)")
-    prefixes: tuple = opt((1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "nested widths without the core, as shares or numbers of d_sae", type=float, nargs="+")
+    prefixes: tuple = opt((1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "nested widths without the core, shares or numbers of d_sae", type=float, nargs="+")
     core_in_prefixes: bool = opt(False, "--prefixes count the core too; each keeps room for a new latent")
     batch: int = opt(4096, "tokens per training step")
     lr: float = opt(3e-4, "peak learning rate of Adam")
@@ -291,12 +291,12 @@ def candidates(x, W_enc, b_enc, bound):
     return value[order], row, col[order]
 def true_at(mask):
     """Where mask is True, in mask.flatten(): (n,). why int64: of eight bytes read as one hardly any is not 0; where few are True 4 times faster"""
-    if mask.device.type != "cpu" or mask.numel() % 8: return mask.flatten().nonzero()[:, 0]  # a device sync: how many. Without it nothing can be compacted
+    if mask.device.type != "cpu" or mask.numel() % 8: return mask.flatten().nonzero()[:, 0]  # a device sync: how many
     word = mask.flatten().view(torch.int64).nonzero()[:, 0]
     i, byte = mask.view(-1, 8)[word].nonzero(as_tuple=True)
     return 8 * word[i] + byte
 def batch_topk(value, n_keep):
-    """Which of value (n,) are the n_keep largest (Bussmann et al. 2024, over a whole batch; of ties the earlier; fewer are all kept): mask (n,), least kept ()."""
+    """Which of value (n,) are the n_keep largest (Bussmann et al. 2024; of ties the earlier; fewer are all kept): mask (n,), least kept ()."""
     if len(value) <= n_keep: return torch.ones_like(value, dtype=torch.bool), value.amin() if len(value) else value.new_zeros(())
     cut = value.kthvalue(len(value) - n_keep + 1).values
     above, tie = value > cut, value == cut
@@ -686,7 +686,7 @@ def demo_config():  # a Gemma-2 of 1.4M parameters
         vocab_size=2048, hidden_size=160, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=40,
         query_pre_attn_scalar=40, max_position_embeddings=512, sliding_window=512, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 def build_demo(folder, steps=900):
-    """Train a tokenizer and a model (8 x 128 tokens a step) on the 5 MB of English and Python that come with Python. Both go to `folder`, with text.jsonl."""
+    """Train a tokenizer and a model (8 x 128 tokens a step) on Python's own 5 MB of English and code. Both go to `folder`, with text.jsonl."""
     from pydoc_data.topics import topics
     from tokenizers import ByteLevelBPETokenizer
     from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
@@ -726,8 +726,8 @@ def open_run(cfg, out):
 def check_model(cfg):
     """Refuse what only the model's configuration and the disks can tell. Returns the configuration; bytes for OUT and cache. BadInput"""
     lm, size = model_config(cfg), 2 if cfg.device.startswith("cuda") else 4
-    saes, longest = cfg.cycles + 1 + len(cfg.transfer_k), getattr(lm, "max_position_embeddings", cfg.ctx)
-    disk = (6 + saes) * 8 * cfg.d_sae * lm.hidden_size + 4 * cfg.tokens, min(1e9 * (cfg.cache_gb or math.inf), cfg.tokens * lm.hidden_size * size)  # 6: checkpoints
+    saes, D, longest = cfg.cycles + 1 + len(cfg.transfer_k), lm.hidden_size, getattr(lm, "max_position_embeddings", cfg.ctx)
+    disk = (6 + saes) * 8 * cfg.d_sae * D + 4 * cfg.tokens, min(1e9 * (cfg.cache_gb or math.inf), cfg.tokens * D * size)  # 6: checkpoints
     need(cfg.layer < lm.num_hidden_layers, f"--layer {cfg.layer}: {cfg.model} has layers 0 to {lm.num_hidden_layers - 1}, for "
          f"example --layer {lm.num_hidden_layers // 2}")
     need(cfg.ctx <= longest, f"--ctx {cfg.ctx}: {cfg.model} takes at most {longest}, for example --ctx {min(longest, 128)}")

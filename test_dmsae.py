@@ -1652,8 +1652,14 @@ def test_eval_refuses_bad_input_in_one_line(words, says, story, lm, labels_csv, 
 def test_readme_commands_parse_and_its_claims_hold():
     """Every dmsae.py and eval.py command of README.md, as bash expands it, must parse; line counts must be true; the JSON must be JSON."""
     readme = (HERE / "README.md").read_text()
-    blocks = [b for b in re.findall(r"(?ms)^```\n(.*?)^```", readme) if re.match("(python|pip|torchrun|for|demo=|story=) ?", b)]
-    assert len(blocks) >= 6
+    blocks = [b for language, b in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", readme) if not language]
+    shown = [b for b in blocks if not re.match("(python|pip|torchrun|for|demo=|story=) ?", b)]  # what is no command
+    assert [b.split()[0] for b in shown] == ["text", "dmsae", "demo/cycle0", "runs/<model>_k<k>_seed<seed>/", "B", "dmsae", "@article{martinlinares2025dmsae,"]
+    blocks = [b for b in blocks if b not in shown]
+    scripts = re.findall(r"(?ms)<<'EOF'\n(.*?)^EOF$", readme)
+    assert len(scripts) == sum("python - " in line for line in readme.splitlines()) == 4
+    for script in scripts:
+        compile(script, "README.md", "exec")
     record = 'python() { printf "%q " "$@"; echo; }; pip() { :; }; torchrun() { shift 2; python "$@"; }\n'
     variables = "\n".join(re.findall(r"(?m)^(?:demo|story)=.*$", readme))
     seen = Counter()
