@@ -169,8 +169,8 @@ def tokenize(docs, tokenizer, bos, limit, path):
 def ahead(items):
     """The same items, each made by a thread while the one before it is in use."""
     with ThreadPoolExecutor(1) as thread:
-        items, coming = iter(items), None
-        while (item := (coming or thread.submit(next, items, None)).result()) is not None:
+        coming = thread.submit(next, items := iter(items), None)
+        while (item := coming.result()) is not None:
             coming = thread.submit(next, items, None)
             yield item
 def progress(name, items=None, **words):  # a bar of process 0 on a terminal, nothing in a log
@@ -239,8 +239,7 @@ def load_model(cfg):
     return model.to(cfg.device).eval().requires_grad_(False)
 def decoder_layers(model):
     """The ModuleList of decoder layers, whatever the architecture calls it."""
-    n = model.config.get_text_config().num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.get_text_config().num_hidden_layers)
 @contextlib.contextmanager
 def spliced(model, layer, edit):
     """While open, the output h (b, T, D) of decoder layer `layer` is replaced by edit(h)."""
@@ -281,20 +280,15 @@ def mean_loss(*args):
 def candidates(x, W_enc, b_enc, bound):
     """The entries of x W_enc^T + b_enc above bound (F,): value, row and col, each (n,), sorted by row, then col. x (B, D)
     why in slices of latents: a slice is searched while it is still in the cache, and a large F needs no buffer of B x F."""
-    width, found = max(8, (2**28 if x.is_cuda else 2**22) // max(1, len(x)) // 8 * 8), []  # B x width: 1 GiB on a GPU, 16 MiB on a CPU
+    width, found = max(1, (2**28 if x.is_cuda else 2**21) // max(1, len(x))), []  # B x width: 1 GiB on a GPU, 8 MiB on a CPU
     for W, b, low, start in zip(W_enc.split(width), b_enc.split(width), bound.split(width), range(0, len(W_enc), width)):
         pre = x @ W.T  # (B, width). why b is not added here: that would be a pass over B x F numbers more
-        at = true_at(pre > low - b)
+        on = (pre > low - b).flatten()
+        at = on.nonzero()[:, 0] if x.is_cuda else torch.from_numpy(np.flatnonzero(on))  # numpy: 4 times faster. On a GPU a sync: how many
         found.append((pre.flatten()[at] + b[at % len(W)], at // len(W), at % len(W) + start))
     value, row, col = map(torch.cat, zip(*found))
     row, order = row.sort(stable=True)
     return value[order], row, col[order]
-def true_at(mask):
-    """Where mask is True, in mask.flatten(): (n,). why int64: of eight bytes read as one hardly any is not 0; where few are True 4 times faster"""
-    if mask.device.type != "cpu" or mask.numel() % 8: return mask.flatten().nonzero()[:, 0]  # a device sync: how many
-    word = mask.flatten().view(torch.int64).nonzero()[:, 0]
-    i, byte = mask.view(-1, 8)[word].nonzero(as_tuple=True)
-    return 8 * word[i] + byte
 def batch_topk(value, n_keep):
     """Which of value (n,) are the n_keep largest (Bussmann et al. 2024; of ties the earlier; fewer are all kept): mask (n,), least kept ()."""
     if len(value) <= n_keep: return torch.ones_like(value, dtype=torch.bool), value.amin() if len(value) else value.new_zeros(())
@@ -303,12 +297,14 @@ def batch_topk(value, n_keep):
     return above | (tie & (tie.cumsum(0) <= n_keep - above.sum())), cut
 def segment_sum(table, index, weight, segment, n_segments):
     """out[s] = sum of weight[i] * table[index[i]] over all i with segment[i] == s; segment (n,) ascends. (n_segments, D)"""
-    first = torch.searchsorted(segment, torch.arange(n_segments, device=segment.device))
-    return F.embedding_bag(index, table, first, mode="sum", per_sample_weights=weight)
+    first = torch.searchsorted(segment, torch.arange(n_segments, dtype=segment.dtype, device=segment.device))
+    sums = lambda table: F.embedding_bag(index, table.contiguous(), first, mode="sum", per_sample_weights=weight)
+    if table.device.type != "cpu" or len(index) < 16 * max(len(table), n_segments): return sums(table)
+    return torch.cat([*map(sums, table.split(128, 1))], 1)  # why: rows read so often should lie in the cache, and 128 columns do
 def paired_dots(a, i, b, j):
     """<a[i], b[j]> for n pairs sorted by (i, j): (n,)"""
     if a.device.type == "cpu":  # never writes the gathered rows: several times faster there (python test_dmsae.py)
-        start = torch.searchsorted(i, torch.arange(len(a) + 1))
+        start = torch.searchsorted(i, torch.arange(len(a) + 1, dtype=i.dtype))
         pattern = torch.sparse_csr_tensor(start, j, a.new_zeros(len(j)), (len(a), len(b)), check_invariants=False)
         return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values()
     n = max(1, 2**26 // a.shape[1])  # pairs at once: 256 MiB of gathered rows
@@ -327,20 +323,20 @@ class SparseAutoencode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, free, b_enc, W_dec, b_dec, W_enc, x, value, row, col, edges):
         x_hats, segment = nested_sums(W_dec, b_dec, value, row, col, edges, len(x))
-        ctx.save_for_backward(W_dec, b_dec, W_enc, x, value, row, col, segment)
+        ctx.save_for_backward(W_dec, b_dec, W_enc, x, value, col, segment)
         ctx.n_core = len(W_enc) - len(free)
         return value.clone(), x_hats
     @staticmethod
     def backward(ctx, g_value, g_x_hats):  # (n,), (B, G, D)
-        W_dec, b_dec, W_enc, x, value, row, col, segment = ctx.saved_tensors
+        W_dec, b_dec, W_enc, x, value, col, segment = ctx.saved_tensors
         g_parts = g_x_hats.clone()
-        for g in reversed(range(g_parts.shape[1] - 1)):  # a group is in its own prefix and in all wider ones
-            g_parts[:, g] += g_parts[:, g + 1]
+        for g in reversed(range(g_parts.shape[1] - 1)): g_parts[:, g] += g_parts[:, g + 1]  # a group is in its own and all wider prefixes
         g_b_dec, g_parts = g_parts[:, 0].sum(0), g_parts.flatten(0, 1)  # (D,), (B*G, D)
-        g_value = g_value + paired_dots(g_parts, segment, W_dec, col)  # (n,)
-        order = col.argsort(stable=True)  # by latent, so that each latent's survivors are one segment
-        g_W_dec = segment_sum(g_parts, segment[order], value[order], col[order], len(W_dec))  # (F, D)
-        g_W_enc = segment_sum(x - b_dec, row[order], g_value[order], col[order], len(W_enc))  # (F, D)
+        col, order = col.int().sort(stable=True)  # by latent, so that each latent's survivors are one segment
+        segment = segment[order]
+        g_value = g_value[order] + paired_dots(W_dec, col, g_parts, segment)  # (n,)
+        g_W_dec = segment_sum(g_parts, segment, value[order], col, len(W_dec))  # (F, D)
+        g_W_enc = segment_sum(x - b_dec, segment // g_x_hats.shape[1], g_value, col, len(W_enc))  # (F, D)
         g_b_enc = g_value.new_zeros(len(W_enc)).index_add_(0, col, g_value)  # (F,)
         # why: summed over the batch before it meets W_enc, b_dec's gradient is a vector times a matrix, not B x F x D
         return (g_W_enc[ctx.n_core:], g_b_enc, g_W_dec, g_b_dec - g_b_enc @ W_enc) + (None,) * 6
@@ -410,11 +406,16 @@ def nested_loss(x, x_hats, B=None):
 def dead_latent_loss(x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, B=None):
     """AuxK (Gao et al. 2024): the k_aux most active of d dead latents reconstruct the residual of the widest reconstruction; error
     over the residual's variance over all B tokens. x, residual (B, D); W_enc, W_dec (d, D); b_enc (d,)"""
-    pre = F.linear(x, W_enc, b_enc - W_enc @ b_dec)  # (B, d). b_dec stands outside: its gradient is cheap there
-    low, n = pre.detach(), min(k_aux, pre.shape[1])  # why numpy: on two cores its partition is three times faster than topk
-    low = low.topk(n, sorted=False).values.amin(1) if low.device.type != "cpu" else torch.from_numpy(np.partition(low, -n, axis=1)[:, -n])
-    acts = pre.masked_fill_(pre.detach() < low.clamp_min(1e-30)[:, None], 0)  # why in place: fewer passes over B x d numbers
-    error = (residual - acts @ W_dec).pow(2).sum()
+    pre, n = F.linear(x, W_enc, b_enc - W_enc @ b_dec), min(k_aux, len(W_enc))  # (B, d). b_dec stands outside: its gradient is cheap there
+    now = pre.detach()  # why numpy: on two cores its partition is three times faster than topk
+    low = now.topk(n, sorted=False).values.amin(1) if x.is_cuda else torch.from_numpy(np.partition(now, -n, axis=1)[:, -n])
+    off = now < low.clamp_min(1e-30)[:, None]  # (B, d)
+    if x.is_cuda or len(W_enc) < 8 * n: x_hat = pre.masked_fill_(off, 0) @ W_dec  # why in place: fewer passes over B x d numbers
+    else:  # few of many: sparse, like the step. why not on a GPU: it multiplies many times faster than it gathers rows
+        row, col = (~off).nonzero(as_tuple=True)
+        entries = now[row, col], row, col, torch.tensor([len(W_enc)])
+        x_hat = SparseAutoencode.apply(W_enc, b_enc, W_dec, b_dec, W_enc.detach(), x, *entries)[1][:, 0] - b_dec
+    error = F.mse_loss(x_hat, residual, reduction="sum")
     return error / over_all((residual - over_all(residual.sum(0)) / (B or len(x))).pow(2).sum()).clamp_min(1e-30)
 def loss_and_grad(sae, trained, x, k, floor=1, guess=0.0, dead=(), alpha=1 / 32, B=None):  # alpha: Gao et al. 2024
     """Loss of a batch x (B, D); its gradient is added to the .grad of `trained`, which sae.trained() gave. dead (d,): their indices.
@@ -587,10 +588,8 @@ def attribute(model, layer, text, ids, sae, agg="mean", with_error=False):
     rank = int(0.01 * text.keep(ids).sum()) + 1  # the 0.99 quantile is the value with this rank from above
     def edit(h, keep):
         x = h[keep].to(sae.W_enc.dtype)  # (B, D)
-        with torch.no_grad():
-            at["f"] = sae.encode(x, M)  # (B, M)
-            x_hat = sae.decode(at["f"])
-        at["x_hat"] = x_hat.requires_grad_()
+        at["f"] = sae.encode(x, M).detach()  # (B, M)
+        at["x_hat"] = x_hat = sae.decode(at["f"]).detach().requires_grad_()
         out = x_hat + (x - x_hat).detach() if with_error else x_hat
         return h.masked_scatter(keep[..., None], out.to(h.dtype))
     for loss, n in spliced_losses(model, layer, text, ids, edit):

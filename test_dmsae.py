@@ -144,13 +144,6 @@ def test_survivors_equal_a_full_sort(guess, B):
     assert torch.equal(torch.stack([row, col], 1), expected.view(B, 64).nonzero())
     assert torch.allclose(value, pre[row, col]) and cut == value.min()
 
-@pytest.mark.parametrize("shape", [(3, 5), (4, 8), (16, 24), (2, 4), (0, 8)])
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.9, 1.0])
-def test_true_at_is_nonzero(shape, share):
-    """Whether or not eight bytes fit, the places must be those of nonzero, in order."""
-    mask = torch.rand(shape) < share
-    assert torch.equal(dmsae.true_at(mask), mask.flatten().nonzero()[:, 0])
-
 def test_batch_topk_breaks_ties_by_place():
     """Of equal entries at the cut the earlier must survive, and never more than fit."""
     mask, cut = batch_topk(torch.tensor([1.0, 2.0, 1.0, 1.0, 3.0, 1.0]), 4)
@@ -205,7 +198,7 @@ def test_budget_of_the_rest_never_falls_below_the_floor():
 
 # ---- The sparse step ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n_core, n_exempt", [(0, 0), (5, 5), (5, 0)])
-@pytest.mark.parametrize("dead", [0, 3, 20])
+@pytest.mark.parametrize("dead", [0, 3, 20, 40])  # 40: ten times k_aux, which a CPU takes as sparse
 @pytest.mark.parametrize("case", ["plain", "ties", "few positive"])
 def test_sparse_loss_and_gradients_equal_dense_autograd(n_core, n_exempt, dead, case):
     """Loss and every gradient must equal the dense definition to 1e-10 in float64."""
@@ -228,6 +221,26 @@ def test_sparse_loss_and_gradients_equal_dense_autograd(n_core, n_exempt, dead, 
     for got, want in zip(trained, (params[0].grad[n_core:], *(p.grad for p in params[1:]))):
         assert want.abs().max() > 1e-4 and (got.grad - want).abs().max() < 1e-10
 
+@pytest.mark.parametrize("d", [31, 32])
+def test_dead_latents_of_which_none_is_positive_have_no_gradient(d):
+    """Dense or sparse: the loss must be the residual's own size, and no row may move."""
+    x, W_enc, W_dec = (torch.randn(n, 8).requires_grad_() for n in (16, d, d))
+    b_enc, b_dec = torch.full((d,), -99.0, requires_grad=True), torch.zeros(8, requires_grad=True)
+    residual = torch.randn(16, 8)
+    loss = dmsae.dead_latent_loss(x.detach(), residual, W_enc, b_enc, W_dec, b_dec, 4)
+    loss.backward()
+    assert torch.allclose(loss, residual.pow(2).sum() / (residual - residual.mean(0)).pow(2).sum())
+    assert all(p.grad.abs().max() == 0 for p in (W_enc, b_enc, W_dec, b_dec))
+
+@pytest.mark.parametrize("n", [9, 640])  # few, or so many that the columns are taken in pieces
+def test_segment_sum_equals_the_loop(n):
+    """Rows in order, a last piece that is ragged, and segments that are empty."""
+    table, weight, index = torch.randn(5, 300).double(), torch.randn(n).double(), torch.randint(0, 5, (n,))
+    segment = torch.tensor([0, 1, 3, 3]).repeat_interleave(n)[:4 * n:4].sort().values
+    want = torch.stack([sum((weight[i] * table[index[i]] for i in (segment == s).nonzero()[:, 0]), torch.zeros(300).double()) for s in range(5)])
+    for s in (segment, segment.int()):
+        assert torch.allclose(dmsae.segment_sum(table, index, weight, s, 5), want)
+
 def test_the_gathering_branch_of_paired_dots_equals_the_sampled_one():
     """The path that GPUs take must give what the CPU's gives."""
     class OnGPU:
@@ -237,7 +250,8 @@ def test_the_gathering_branch_of_paired_dots_equals_the_sampled_one():
     a, b = torch.randn(6, 4), torch.randn(9, 4)
     i, j = torch.tensor([0, 0, 2, 5]), torch.tensor([1, 8, 0, 3])
     for table in (a, OnGPU()):
-        assert torch.allclose(dmsae.paired_dots(table, i, b, j), (a[i] * b[j]).sum(1), atol=1e-6)
+        for i_ in (i, i.int()):
+            assert torch.allclose(dmsae.paired_dots(table, i_, b, j), (a[i] * b[j]).sum(1), atol=1e-6)
 
 def test_survivors_values_are_differentiable_too():
     """A penalty that a reader puts on the activations must reach W_enc."""
