@@ -439,11 +439,11 @@ def apply_gradients(trained, adam, lr):
     rows = 512 if W_dec.device.type == "cpu" else 8192  # at once (ours): on a CPU what its cache holds
     for g, W in zip(W_dec.grad.split(rows), W_dec.split(rows)): g.addcmul_(W, torch.linalg.vecdot(g, W)[:, None], value=-1)
     norm = sum(torch.dot(g, g) for p in trained for g in p.grad.flatten().split(2**30)).sqrt()  # cuBLAS counts in int32
-    nn.utils.clip_grads_with_norm_(trained, 1.0, norm)  # the clip of the SAEBench suite's trainings
+    if norm.is_cuda or norm > 1: nn.utils.clip_grads_with_norm_(trained, 1.0, norm)  # the SAEBench suite's clip. On a GPU to ask is a sync
     adam.param_groups[0]["lr"] = lr
     adam.step()
     adam.zero_grad()
-    W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+    for W in W_dec.split(rows): W.div_(W.norm(dim=1, keepdim=True))
     return norm
 
 # ---- Training: batches, harvested or from the cache; one SAE, or several side by side -----------------------------------

@@ -1704,7 +1704,7 @@ def test_readme_snippets_run(story, lm, tmp_path, monkeypatch):
         exec(code, {"acts": torch.randn(4096, 32), "torch": torch})
 
 # ---- Benchmark ---------------------------------------------------------------------------------------------------------
-def benchmark(B=1024, D=512, F_=16384, k=32, rounds=9):
+def benchmark(B=1024, D=512, F_=16384, k=32, rounds=15):
     """Print median milliseconds of each alternative, taken in turn in one process, and ratios."""
     x, quarter, guess = torch.randn(B, D), torch.arange(3 * F_ // 4, F_), [0.0]
     widths = [F_ // 32, 3 * F_ // 32, 7 * F_ // 32, 15 * F_ // 32, F_]
