@@ -280,11 +280,11 @@ def mean_loss(*args):
 def candidates(x, W_enc, b_enc, bound):
     """The entries of x W_enc^T + b_enc above bound (F,): value, row and col, each (n,), sorted by row, then col. x (B, D)
     why in slices of latents: a slice is searched while it is still in the cache, and a large F needs no buffer of B x F."""
-    width, found = max(1, (2**28 if x.is_cuda else 2**21) // max(1, len(x))), []  # B x width: 1 GiB on a GPU, 8 MiB on a CPU
+    width, found = max(8, (2**28 if x.is_cuda else 2**21) // max(1, len(x)) // 8 * 8), []  # B x width: 1 GiB on a GPU, 8 MiB on a CPU
     for W, b, low, start in zip(W_enc.split(width), b_enc.split(width), bound.split(width), range(0, len(W_enc), width)):
         pre = x @ W.T  # (B, width). why b is not added here: that would be a pass over B x F numbers more
-        on = (pre > low - b).flatten()
-        at = on.nonzero()[:, 0] if x.is_cuda else torch.from_numpy(np.flatnonzero(on))  # numpy: 4 times faster. On a GPU a sync: how many
+        at = (pre > low - b).flatten()  # where few are True numpy finds them several times faster; on a GPU nonzero waits for their number
+        at = at.nonzero()[:, 0] if x.is_cuda else torch.from_numpy(np.flatnonzero(at))
         found.append((pre.flatten()[at] + b[at % len(W)], at // len(W), at % len(W) + start))
     value, row, col = map(torch.cat, zip(*found))
     row, order = row.sort(stable=True)
@@ -410,7 +410,7 @@ def dead_latent_loss(x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, B=None):
     now = pre.detach()  # why numpy: on two cores its partition is three times faster than topk
     low = now.topk(n, sorted=False).values.amin(1) if x.is_cuda else torch.from_numpy(np.partition(now, -n, axis=1)[:, -n])
     off = now < low.clamp_min(1e-30)[:, None]  # (B, d)
-    if x.is_cuda or len(W_enc) < 8 * n: x_hat = pre.masked_fill_(off, 0) @ W_dec  # why in place: fewer passes over B x d numbers
+    if x.is_cuda or len(W_enc) < 8 * n or not low.isfinite().all(): x_hat = pre.masked_fill_(off, 0) @ W_dec  # in place: fewer passes
     else:  # few of many: sparse, like the step. why not on a GPU: it multiplies many times faster than it gathers rows
         row, col = (~off).nonzero(as_tuple=True)
         entries = now[row, col], row, col, torch.tensor([len(W_enc)])
@@ -439,7 +439,7 @@ def apply_gradients(trained, adam, lr):
     rows = 512 if W_dec.device.type == "cpu" else 8192  # at once (ours): on a CPU what its cache holds
     for g, W in zip(W_dec.grad.split(rows), W_dec.split(rows)): g.addcmul_(W, torch.linalg.vecdot(g, W)[:, None], value=-1)
     norm = sum(torch.dot(g, g) for p in trained for g in p.grad.flatten().split(2**30)).sqrt()  # cuBLAS counts in int32
-    if norm.is_cuda or norm > 1: nn.utils.clip_grads_with_norm_(trained, 1.0, norm)  # the SAEBench suite's clip. On a GPU to ask is a sync
+    if norm.is_cuda or norm > 1: nn.utils.clip_grads_with_norm_(trained, 1.0, norm)  # the SAEBench suite's clip. On a GPU a look at it is a sync
     adam.param_groups[0]["lr"] = lr
     adam.step()
     adam.zero_grad()
