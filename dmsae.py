@@ -167,9 +167,9 @@ def tokenize(docs, tokenizer, bos, limit, path):
             if n == limit: break
     return n
 def ahead(items):
-    """The same items, each made by a thread while the one before it is in use."""
+    """The same items of an iterator, each made by a thread while the one before it is in use."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items := iter(items), None)
+        coming = thread.submit(next, items, None)
         while (item := coming.result()) is not None:
             coming = thread.submit(next, items, None)
             yield item
@@ -283,8 +283,8 @@ def candidates(x, W_enc, b_enc, bound):
     width, found = max(8, (2**28 if x.is_cuda else 2**21) // max(1, len(x)) // 8 * 8), []  # B x width: 1 GiB on a GPU, 8 MiB on a CPU
     for W, b, low, start in zip(W_enc.split(width), b_enc.split(width), bound.split(width), range(0, len(W_enc), width)):
         pre = x @ W.T  # (B, width). why b is not added here: that would be a pass over B x F numbers more
-        at = (pre > low - b).flatten()  # where few are True numpy finds them several times faster; on a GPU nonzero waits for their number
-        at = at.nonzero()[:, 0] if x.is_cuda else torch.from_numpy(np.flatnonzero(at))
+        at = (pre > low - b).flatten()  # (B * width,). Few are True, and those numpy finds several times faster than torch
+        at = at.nonzero()[:, 0] if x.is_cuda else torch.from_numpy(np.flatnonzero(at))  # on a GPU a sync: it waits for their number
         found.append((pre.flatten()[at] + b[at % len(W)], at // len(W), at % len(W) + start))
     value, row, col = map(torch.cat, zip(*found))
     row, order = row.sort(stable=True)
@@ -297,10 +297,10 @@ def batch_topk(value, n_keep):
     return above | (tie & (tie.cumsum(0) <= n_keep - above.sum())), cut
 def segment_sum(table, index, weight, segment, n_segments):
     """out[s] = sum of weight[i] * table[index[i]] over all i with segment[i] == s; segment (n,) ascends. (n_segments, D)"""
-    first = torch.searchsorted(segment, torch.arange(n_segments, dtype=segment.dtype, device=segment.device))
-    sums = lambda table: F.embedding_bag(index, table.contiguous(), first, mode="sum", per_sample_weights=weight)
+    first = torch.searchsorted(segment, torch.arange(n_segments, dtype=segment.dtype, device=segment.device))  # (n_segments,)
+    sums = lambda columns: F.embedding_bag(index, columns.contiguous(), first, mode="sum", per_sample_weights=weight)
     if table.device.type != "cpu" or len(index) < 16 * max(len(table), n_segments): return sums(table)
-    return torch.cat([*map(sums, table.split(128, 1))], 1)  # why: rows read so often should lie in the cache, and 128 columns do
+    return torch.cat([*map(sums, table.split(128, 1))], 1)  # why: rows read so often should lie in the cache. 16 and 128: ours, measured
 def paired_dots(a, i, b, j):
     """<a[i], b[j]> for n pairs sorted by (i, j): (n,)"""
     if a.device.type == "cpu":  # never writes the gathered rows: several times faster there (python test_dmsae.py)
@@ -407,13 +407,13 @@ def dead_latent_loss(x, residual, W_enc, b_enc, W_dec, b_dec, k_aux, B=None):
     """AuxK (Gao et al. 2024): the k_aux most active of d dead latents reconstruct the residual of the widest reconstruction; error
     over the residual's variance over all B tokens. x, residual (B, D); W_enc, W_dec (d, D); b_enc (d,)"""
     pre, n = F.linear(x, W_enc, b_enc - W_enc @ b_dec), min(k_aux, len(W_enc))  # (B, d). b_dec stands outside: its gradient is cheap there
-    now = pre.detach()  # why numpy: on two cores its partition is three times faster than topk
-    low = now.topk(n, sorted=False).values.amin(1) if x.is_cuda else torch.from_numpy(np.partition(now, -n, axis=1)[:, -n])
-    off = now < low.clamp_min(1e-30)[:, None]  # (B, d)
+    acts = pre.detach()  # the same memory. Below: numpy's partition is three times faster than topk on two cores
+    low = acts.topk(n, sorted=False).values.amin(1) if x.is_cuda else torch.from_numpy(np.partition(acts, -n, axis=1)[:, -n])  # (B,)
+    off = acts < low.clamp_min(1e-30)[:, None]  # (B, d)
     if x.is_cuda or len(W_enc) < 8 * n or not low.isfinite().all(): x_hat = pre.masked_fill_(off, 0) @ W_dec  # in place: fewer passes
-    else:  # few of many: sparse, like the step. why not on a GPU: it multiplies many times faster than it gathers rows
-        row, col = (~off).nonzero(as_tuple=True)
-        entries = now[row, col], row, col, torch.tensor([len(W_enc)])
+    else:  # few of many (8: ours, measured), and no NaN: sparse, like the step. A GPU multiplies many times faster than it gathers rows
+        row, col = (~off).nonzero(as_tuple=True)  # (n_on,), (n_on,)
+        entries = acts[row, col], row, col, torch.tensor([len(W_enc)])
         x_hat = SparseAutoencode.apply(W_enc, b_enc, W_dec, b_dec, W_enc.detach(), x, *entries)[1][:, 0] - b_dec
     error = F.mse_loss(x_hat, residual, reduction="sum")
     return error / over_all((residual - over_all(residual.sum(0)) / (B or len(x))).pow(2).sum()).clamp_min(1e-30)
