@@ -1,1448 +1,1417 @@
-"""SAEBench's metrics, light and exact, for the SAEs that dmsae.py writes and for any SAELens `jumprelu` folder.
+"""SAEBench's metrics, light and exact, for SAEs of dmsae.py and for SAELens `jumprelu` folders.
 
-    python eval.py runs/gemma-2-2b_k64_seed0                         its plain SAE and its last one, side by side
-    python eval.py runs/seed0 runs/seed1/cycle3 --labelled news.csv --ravel facts.json --html
+    python eval.py runs/gemma-2-2b_k64_seed0                  # its plain SAE beside its last one
+    python eval.py runs/seed0 runs/seed1 --labelled news.csv --ravel facts.json --html --all
 
-Each metric is a function of a language model, an SAE and data that returns a dict; what cannot be had says why. Definitions: SAEBench
-0.6.0 (Karvonen et al. 2025, arXiv 2503.09532), unless a docstring differs. Shapes as in dmsae.py; also n words or texts, P probes.
+One function for each metric, in the order of the table; then the page and the command line. A
+metric takes a language model, a layer, an SAE and data, returns a dict, and raises CannotRun where
+it has no value. In a notebook: `eval.absorption(model, 12, tokenizer, sae)`.
+
+Definitions are those of SAEBench 0.6.0 (Karvonen et al. 2025, arXiv 2503.09532) unless a docstring
+says "ours". They compare activations of latents: decoder rows must have unit norm. Shapes: as in
+dmsae.py; also n words or texts, P probes, V words of the vocabulary.
 """
 
 import argparse
-import html
+import csv
+import itertools
 import json
 import os
 import re
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, namedtuple
+from contextlib import suppress
 from dataclasses import fields, replace
-from functools import cache
-from itertools import chain, combinations, islice, product
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from dmsae import (
-    BadInput,
-    Config,
-    candidates,
-    check,
-    generator,
-    load_core,
-    load_model,
-    load_sae,
-    main,
-    model_config,
-    need,
-    open_text,
-    progress,
-    residual_stream,
-    spliced,
-    write_text,
-)
+from tqdm import tqdm
+
+import dmsae
+from dmsae import BadInput, Config, load_core, load_sae, residual_stream, spliced
+
+bar = partial(tqdm, disable=None, leave=False)  # a progress bar, on a terminal only
 
 
 class CannotRun(Exception):
     """Why a metric has no value here."""
 
 
-def mean_of(rows, keys, std=False):
-    """Means of keys over rows (dicts); std: also their sample standard deviation, which a single row has not."""
-    kinds = {"": np.mean} | (
-        {"_std": lambda v: np.std(v, ddof=1) if len(v) > 1 else None} if std else {}
-    )
-    return {key + end: kind([r[key] for r in rows]) for key in keys for end, kind in kinds.items()}
+def mean_of(rows, keys):
+    """Mean of each key over rows (dicts), and as key_std the sample standard deviation. A None is
+    left out; None where nothing is left."""
+    out = {}
+    for key in keys:
+        values = [row[key] for row in rows if row[key] is not None]
+        out[key] = float(np.mean(values)) if values else None
+        out[f"{key}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return out
 
 
-@torch.enable_grad()
-def descend(optimiser, batches, loss):
-    """A step of the optimiser for each batch of indices."""
-    for at in batches:
-        optimiser.zero_grad()
-        loss(at).backward()
-        optimiser.step()
+def special_tokens(tokenizer):
+    """Ids of BOS, EOS and PAD, of those that there are; the first one begins every context."""
+    ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return [i for i in ids if i is not None]
+
+
+def padded(rows, device):
+    """Lists of ids -> (n, longest), filled on the right, where no earlier position sees it."""
+    return pad_sequence([torch.tensor(row) for row in rows], True, rows[0][0]).to(device)
+
+
+def residuals_at(model, layer, prompts, at):
+    """Residual stream of prompts (lists of ids) at one position each, at (n,): (n, D). CannotRun"""
+    size, x = max(map(len, prompts)), []
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", size)
+    if size > limit:
+        raise CannotRun(f"a prompt of {size} tokens is longer than the model's contexts of {limit}")
+    for i in bar(range(0, len(prompts), 64), "prompts"):
+        h = residual_stream(model, layer, padded(prompts[i : i + 64], model.device))
+        x.append(h[torch.arange(len(h)), at[i : i + 64]].float())
+    return torch.cat(x)
+
+
+def edited_logits(model, layer, ids, edit):
+    """Logits (R, T, V) where the layer's output h (R, T, D) is replaced by edit(h)."""
+    with spliced(model, layer, edit):
+        return model(ids, use_cache=False).logits
+
+
+# -------------------------------------------------------------------------------------------------
+# Probes, as SAEBench trains them. A probe is its weights, and then its bias: (d + 1,)
+# -------------------------------------------------------------------------------------------------
+def probe_logits(x, probes):
+    """x (n, d), probes (P, d + 1) -> (n, P)"""
+    return F.linear(x, probes[:, :-1], probes[:, -1])
 
 
 def logistic_regression(x, y, balanced=False):
-    """scikit-learn's L2 logistic regression, C = 1, by LBFGS in float64; balanced: classes weigh alike. x (n, d), y (n,) bool -> w (d,), b ()"""
-    given, x, y = x, x.double(), y.double()
-    weight = (
-        torch.where(y > 0, len(y) / 2 / y.sum(), len(y) / 2 / (1 - y).sum()) if balanced else None
-    )
-    wb = x.new_zeros(x.shape[1] + 1, requires_grad=True)
+    """scikit-learn's (L2, C = 1), by LBFGS in float64. balanced: both classes weigh alike.
+    x (n, d), y (n,) bool -> one probe, (1, d + 1)"""
+    dtype, x, y = x.dtype, x.double(), y.double()
+    of_class = torch.where(y > 0, y.mean(), 1 - y.mean())
+    weight = 0.5 / of_class if balanced else None
+    probe = x.new_zeros(1, x.shape[1] + 1, requires_grad=True)
+    words = dict(max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    lbfgs = torch.optim.LBFGS([probe], **words)
 
     def objective():
-        wb.grad = None
-        loss = (
-            F.binary_cross_entropy_with_logits(x @ wb[:-1] + wb[-1], y, weight, reduction="sum")
-            + wb[:-1].pow(2).sum() / 2
-        )
+        lbfgs.zero_grad()
+        logits = probe_logits(x, probe)[:, 0]
+        loss = F.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum")
+        loss = loss + probe[:, :-1].pow(2).sum() / 2
         loss.backward()
         return loss
 
-    torch.optim.LBFGS([wb], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe").step(
-        objective
-    )
-    return wb.detach()[:-1].to(given), wb.detach()[-1].to(given)
+    lbfgs.step(objective)
+    return probe.detach().to(dtype)
 
 
+@torch.enable_grad()
 def train_letter_probes(x, y, batch, weight_decay, l1=0.0, seed=0):
-    """A linear one-vs-rest probe for each letter: BCE with pos_weight negatives / positives plus l1 * mean over letters of
-    |w|_1; Adam, 50 epochs, rate 1e-2 falling exponentially to 1e-5. x (n, d), y (n,) in 0..25 -> W (26, d), b (26,)"""
-    rng, target = generator(seed, "letters"), F.one_hot(y, 26).float()
-    (W, b), rare = (
-        (x.new_zeros(shape, requires_grad=True) for shape in ((26, x.shape[1]), 26)),
-        len(y) / target.sum(0).clamp_min(1) - 1,
-    )
-    adam = torch.optim.Adam([W, b], weight_decay=weight_decay)
+    """A one-vs-rest probe for each letter: BCE, positives weighted by negatives / positives, plus
+    l1 times the mean over letters of |w|_1; Adam, 50 epochs, rate 1e-2 falling to 1e-5.
+    x (n, d), y (n,) in 0..25 -> (26, d + 1)
+
+    Ours: at least 20 batches an epoch, so 1000 steps, about what SAEBench's vocabularies give. With
+    few words its L1 probe, in batches of 4096, would end after 50, and absorption measure that."""
+    rng, target = dmsae.generator(seed, "letters"), F.one_hot(y, 26).float()
+    rare = len(y) / target.sum(0).clamp_min(1) - 1  # (26,)
+    probes = x.new_zeros(26, x.shape[1] + 1, requires_grad=True)
+    adam = torch.optim.Adam([probes], weight_decay=weight_decay)
+    batch = min(batch, max(1, len(x) // 20))
     for epoch in range(50):
-        adam.param_groups[0]["lr"] = 1e-2 * 1e-3 ** (epoch / 49)
-        descend(
-            adam,
-            torch.randperm(len(x), generator=rng).to(x.device).split(batch),
-            lambda at: (
-                l1 * W.abs().sum(1).mean()
-                + F.binary_cross_entropy_with_logits(
-                    F.linear(x[at], W, b), target[at], pos_weight=rare
-                )
-            ),
-        )
-    return W.detach(), b.detach()
+        adam.param_groups[0]["lr"] = 1e-2 * 1e-3 ** (epoch / 50)
+        for at in torch.randperm(len(x), generator=rng).to(x.device).split(batch):
+            logits = probe_logits(x[at], probes)
+            loss = F.binary_cross_entropy_with_logits(logits, target[at], pos_weight=rare)
+            adam.zero_grad()
+            (loss + l1 * probes[:, :-1].abs().sum(1).mean()).backward()
+            adam.step()
+    return probes.detach()
 
 
+def accuracy(x, test, probes, change=0):
+    """Accuracy (P,) of each of P probes on its own rows test (P, 2, m) of x (n, d), positives
+    first; change (P, 2, m) is added to the logits."""
+    logits = torch.einsum("pymd,pd->pym", x[test], probes[:, :-1]) + probes[:, -1, None, None]
+    truth = torch.tensor([[True], [False]], device=x.device)
+    return ((logits + change > 0) == truth).float().mean((1, 2))
+
+
+@torch.enable_grad()
 def train_probes(x, train, test, seed=0):
-    """P linear probes at once, SAEBench's for TPP and SCR: BCE + 1e-3 |w|_1, AdamW 1e-3, batch 16, 20 epochs, the epoch of best test
-    accuracy kept. x (n, D); train (P, 2, m), test (P, 2, m'): indices of x, positives first. -> W (P, D), b (P,)"""
-    rng, P, m, epochs = generator(seed, "probes"), len(train), train.shape[2], []
-    train, y = train.flatten(1), (torch.arange(2 * m, device=x.device) < m).float().expand(P, -1)
-    W, b = (x.new_zeros(P, width, requires_grad=True) for width in (x.shape[1], 1))
-    adam = torch.optim.AdamW([W, b], lr=1e-3)
+    """P probes at once, for TPP and SCR: BCE + 1e-3 |w|_1, AdamW at 1e-3, batches of 16, 20 epochs;
+    of each probe the epoch of its best test accuracy. x (n, d); train, test (P, 2, m): indices of
+    x, positives first -> (P, d + 1)"""
+    rng, (P, _, m), epochs = dmsae.generator(seed, "probes"), train.shape, []
+    y = (torch.arange(2 * m, device=x.device) < m).float()
+    probes = x.new_zeros(P, x.shape[1] + 1, requires_grad=True)
+    adam = torch.optim.AdamW([probes], lr=1e-3)
     for _ in range(20):
-        descend(
-            adam,
-            torch.randperm(2 * m, generator=rng).to(x.device).split(16),
-            lambda at: (
-                1e-3 * W.abs().sum()
-                + P
-                * F.binary_cross_entropy_with_logits(
-                    torch.einsum("pbd,pd->pb", x[train[:, at]], W) + b, y[:, at]
-                )
-            ),
-        )
-        epochs.append(torch.cat([W, b], 1).detach())  # (P, D + 1)
-    kept = torch.stack(epochs)[
-        torch.stack([accuracy(x, test, e[:, :-1], e[:, -1]) for e in epochs]).argmax(0),
-        torch.arange(P),
-    ]
-    return kept[:, :-1], kept[:, -1]
+        for at in torch.randperm(2 * m, generator=rng).to(x.device).split(16):
+            rows = x[train.flatten(1)[:, at]]  # (P, 16, d)
+            logits = torch.einsum("pbd,pd->pb", rows, probes[:, :-1]) + probes[:, -1:]
+            loss = F.binary_cross_entropy_with_logits(logits, y[at].expand(P, -1))
+            adam.zero_grad()
+            (P * loss + 1e-3 * probes[:, :-1].abs().sum()).backward()
+            adam.step()
+        epochs.append(probes.detach().clone())
+    best = torch.stack([accuracy(x, test, epoch) for epoch in epochs]).argmax(0)  # (P,)
+    return torch.stack(epochs)[best, torch.arange(P)]
 
 
-def accuracy(x, test, W, b, change=0):
-    """Test accuracy (P,) of P probes W (P, D), b (P,), each on its own rows test (P, 2, m) of x (n, D), positives first; change adds to logits."""
-    logits = torch.einsum("pymd,pd->pym", x[test], W) + b[:, None, None] + change
-    return ((logits > 0) == torch.tensor([[True], [False]], device=x.device)).float().mean((1, 2))
-
-
-# ---- Core: what the language model loses, what the reconstruction loses, how sparse it is ------------------------------
+# -------------------------------------------------------------------------------------------------
+# Core: what the language model loses, what the reconstruction loses, how sparse it is
+# -------------------------------------------------------------------------------------------------
 def next_token_sums(logits, reference, ids, keep):
-    """Sums over kept positions of the next-token loss and of KL(reference || logits), in nats. logits, reference (b, T, V);
-    ids, keep (b, T). A few positions at a time: Gemma has 256,000 logits a token."""
-    (_, T, V), ce, kl = logits.shape, 0.0, 0.0
-    for at in (
-        keep.flatten().nonzero()[:, 0].split(max(1, 2**25 // V))
-    ):  # 128 MiB of float32 a tensor
+    """Sums over the positions keep (R, T) of the next-token loss and of KL(reference || logits), in
+    nats. logits, reference (R, T, V). A few positions at a time: Gemma has 256,000 logits each."""
+    T, V = logits.shape[1:]
+    ce = kl = 0.0
+    for at in keep.flatten().nonzero()[:, 0].split(max(1, 2**25 // V)):  # 128 MiB a tensor
         q, p = (t.flatten(0, 1)[at].float().log_softmax(-1) for t in (logits, reference))
-        ce += F.nll_loss(
-            q[at % T < T - 1], ids.flatten()[at[at % T < T - 1] + 1], reduction="sum"
-        ).item()  # the last position has no next
+        has_next = at % T < T - 1
+        ce += F.nll_loss(q[has_next], ids.flatten()[at[has_next] + 1], reduction="sum").item()
         kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
     return ce, kl
 
 
-@torch.no_grad()
-def core_metrics(model, layer, text, ids, sae):
-    """Every scalar of SAEBench's core evaluation on contexts ids (R, ctx), and under "prefixes" most of them for the core alone (without one:
-    b_dec) and each prefix. explained_variance is about the mean; _legacy averages per-token ratios (the papers'); _0_6_0 is about zero
-    (SAEBench 0.6.0); mse is per element, mse_saebench SAEBench's. BOS, EOS, PAD keep their residual; the ablation zeroes all positions."""
-    s, (d_sae, D), widths = {}, sae.W_enc.shape, [sae.n_core, *sae.widths]
-    edges, G, square = (
-        torch.tensor(widths, device=model.device),
-        len(widths),
-        lambda t: t.pow(2).sum(-1),
-    )
-    add = lambda **terms: s.update(
-        {name: s.get(name, 0) + torch.as_tensor(t).cpu().double() for name, t in terms.items()}
+def reconstruction_sums(x, x_hats):
+    """Sums over the tokens of one batch, x (B, D), x_hats (G, B, D); a mean over it where SAEBench
+    averages over batches. In float64: sums of squares minus squared sums lose float32's digits."""
+    x, x_hats = x.double(), x_hats.double()
+    square, square_hat = x.square().sum(-1), x_hats.square().sum(-1)  # (B,), (G, B)
+    error, inner = (x - x_hats).square().sum(-1), (x * x_hats).sum(-1)  # (G, B)
+    about_mean = (x - x.mean(0)).square().sum(-1)  # (B,)
+    return dict(
+        tokens=len(x),
+        batches=1,
+        x=x.sum(0),
+        square=square.sum(),
+        error=error.sum(1),
+        error_of_batch=error.mean(1),
+        legacy=(1 - error / about_mean).sum(1),
+        cosine=F.cosine_similarity(x, x_hats, -1).sum(1),
+        norm_in=square.sqrt().sum(),
+        norm_out=square_hat.sqrt().sum(1),
+        ratio=(square_hat / square).sqrt().sum(1),
+        bias=square_hat.mean(1) / inner.mean(1),
     )
 
-    def run(edit):
-        with spliced(model, layer, edit):
-            return model(b, use_cache=False).logits  # (b, T, V)
 
-    for b in progress(
-        "core", ids.to(model.device).split(max(1, 2048 // ids.shape[1]))
-    ):  # SAEBench's batch: 16 x 128 tokens
-        keep, h = text.keep(b), []
-        original = run(lambda out: h.append(out) or out)
-        x = h[0][keep].float()  # (B, D)
-        x_hats, col, value = sae.reconstruct(x)  # (B, G - 1, D), (n,), (n,)
-        x_hats = torch.cat([sae.decode(sae.encode(x, sae.n_core))[:, None], x_hats], 1)  # (B, G, D)
-        group = torch.bucketize(col, edges, right=True)
-        r2, xx, yy, xy = (
-            square(x[:, None] - x_hats),
-            square(x)[:, None],
-            square(x_hats),
-            (x[:, None] * x_hats).sum(-1),
-        )
-        add(
-            tokens=len(x),
-            sources=keep[:, :-1].sum(),
-            batches=1,
-            x=x.sum(0),
-            xx=xx.sum(),
-            norm_in=xx.sqrt().sum(),
-            r2=r2.sum(0),
-            mse=r2.mean(0),
-            norm_out=yy.sqrt().sum(0),
-            legacy=(1 - r2 / square(x - x.mean(0))[:, None]).sum(0),
-            cossim=F.cosine_similarity(x[:, None], x_hats, -1).sum(0),
-            ratio=(yy / xx).sqrt().sum(0),
-            bias=yy.mean(0) / xy.mean(0),
-            l0=torch.bincount(group, minlength=G),
-            l1=torch.bincount(group, value, G),
-            fired=torch.bincount(col, minlength=d_sae),
-        )
-        edits = [
-            torch.zeros_like,
-            *(
-                lambda h, y=y: h.masked_scatter(keep[..., None], y.to(h.dtype))
-                for y in x_hats.unbind(1)
-            ),
-        ]
-        add(
-            behaviour=[
-                next_token_sums(logits, original, b, keep)
-                for logits in chain([original], map(run, edits))
-            ]
-        )
-    n, (ce, kl) = (
-        s["tokens"],
-        (s["behaviour"] / torch.stack([s["sources"], s["tokens"]])).T,
-    )  # (2 + G,) each: original, ablated, prefixes
-    second_moment, variance, density = (
-        s["xx"] / n,
-        s["xx"] - square(s["x"]) / n,
-        s["fired"] / n,
-    )  # density (F,)
-    nearest = lambda rows: torch.cat(
-        [(part @ rows.T).topk(2).values[:, 1] for part in rows.split(4096)]
-    ).mean()  # the largest is its own
-    per = dict(  # (G,) each
+def prefix_figures(s, widths):
+    """A figure of each prefix, {name: (G,)}, from sums over all tokens.
+
+    ce_loss_score: share of what zeroing the layer costs in loss that the SAE recovers; 1 is best
+    ce_loss_with_sae: next-token loss with the SAE in place, nats a token
+    kl_div_score: as ce_loss_score, of the KL divergence to the model's own prediction; 1 is best
+    kl_div_with_sae: that divergence, nats a token
+    fvu, explained_variance: squared error over the variance about the mean; 1 - that
+    explained_variance_legacy: mean of per-token ratios, as in SAEBench's papers
+    explained_variance_0_6_0: about zero, as SAEBench 0.6.0 has it
+    mse, mse_saebench: squared error per element; per token, over the tokens of a batch
+    cossim: mean cosine of input and reconstruction
+    l0, l1: latents on at a token; sum of their activations
+    l2_norm_out, l2_ratio: mean norm of the reconstruction; mean ratio to the input's
+    relative_reconstruction_bias: mean squared norm of the reconstruction over its inner product
+    """
+    n, D, moment = s["tokens"], len(s["x"]), s["square"] / s["tokens"]
+    ce, kl = s["ce"] / s["sources"], s["kl"] / n  # of the model itself, zeroed, of each prefix
+    fvu = s["error"] / (s["square"] - s["x"].square().sum() / n)
+    return dict(
         ce_loss_score=(ce[1] - ce[2:]) / (ce[1] - ce[0]),
         ce_loss_with_sae=ce[2:],
         kl_div_score=(kl[1] - kl[2:]) / kl[1],
         kl_div_with_sae=kl[2:],
-        explained_variance=1 - s["r2"] / variance,
+        explained_variance=1 - fvu,
         explained_variance_legacy=s["legacy"] / n,
-        explained_variance_0_6_0=1 - s["r2"] / n / (second_moment - (second_moment / D) ** 2),
-        fvu=s["r2"] / variance,
-        mse=s["r2"] / n / D,
-        mse_saebench=s["mse"] / n,
-        cossim=s["cossim"] / n,
-        l0=s["l0"].cumsum(0) / n,
-        l1=s["l1"].cumsum(0) / n,
+        explained_variance_0_6_0=1 - s["error"] / n / (moment - (moment / D) ** 2),
+        fvu=fvu,
+        mse=s["error"] / n / D,
+        mse_saebench=s["error_of_batch"] / n,
+        cossim=s["cosine"] / n,
+        l0=torch.stack([s["fired"][:w].sum() for w in widths]) / n,
+        l1=torch.stack([s["mass"][:w].sum() for w in widths]) / n,
         l2_norm_out=s["norm_out"] / n,
         l2_ratio=s["ratio"] / n,
         relative_reconstruction_bias=s["bias"] / s["batches"],
     )
-    whole = {name: v[-1] for name, v in per.items()} | dict(
-        core_l0=per["l0"][0],
-        non_core_l0=per["l0"][-1] - per["l0"][0],
+
+
+def latent_figures(density, sae):
+    """How often latents fire, density (F,), and how close they are to each other: {name: ()}
+
+    frac_alive: share of latents that fire at all on this text
+    freq_over_N_percent, normalized_freq_over_N_percent: latents on at more tokens; of all firing
+    average_max_encoder_cosine_sim, average_max_decoder_cosine_sim: to the nearest other latent
+    """
+    out = dict(frac_alive=(density > 0).double().mean())
+    for percent in 1, 10:
+        often = density > percent / 100
+        out[f"freq_over_{percent}_percent"] = often.double().mean()
+        out[f"normalized_freq_over_{percent}_percent"] = density[often].sum() / density.sum()
+    for name, rows in ("encoder", F.normalize(sae.W_enc)), ("decoder", F.normalize(sae.W_dec)):
+        nearest = [(part @ rows.T).topk(2).values[:, 1] for part in rows.split(4096)]  # not itself
+        out[f"average_max_{name}_cosine_sim"] = torch.cat(nearest).mean()
+    return out
+
+
+def put_back(h, keep, y):
+    """h (R, T, D) with the rows of y (B, D) where keep (R, T)."""
+    return h.masked_scatter(keep[..., None], y.to(h.dtype))
+
+
+def numbers(tensors):
+    """{name: ()} as floats; None where 0 / 0 has no number."""
+    return {name: float(t) if t.isfinite() else None for name, t in tensors.items()}
+
+
+@torch.no_grad()
+def core_metrics(model, layer, ids, keep, sae):
+    """SAEBench's core evaluation on contexts ids (R, T). Positions outside keep (R, T) keep their
+    residual; the ablation zeroes all. Under "prefixes" most figures for the core alone (without a
+    core: for b_dec) and for each nested prefix. None is a 0 / 0.
+
+    ce_loss_without_sae: next-token loss of the model itself, nats a token
+    ce_loss_with_ablation, kl_div_with_ablation: loss and divergence with the layer's output zeroed
+    core_l0, non_core_l0: latents of the core on at a token; others
+    l2_norm_in: mean norm of the input
+    """
+    widths, sums = [sae.n_core, *sae.widths], Counter()
+    size = max(1, 2048 // ids.shape[1])  # SAEBench's batch: 16 contexts of 128
+    for part in bar(list(zip(ids.split(size), keep.split(size), strict=True)), "core"):
+        b, k = (t.to(model.device) for t in part)
+        x = residual_stream(model, layer, b)[k].float()  # (B, D)
+        acts = sae.encode(x)  # (B, F)
+        x_hats = torch.stack([sae.decode(acts[:, :w]) for w in widths])  # (G, B, D)
+        edits = [torch.zeros_like, *(partial(put_back, keep=k, y=y) for y in x_hats)]
+        original = edited_logits(model, layer, b, lambda h: h)
+        edited = map(partial(edited_logits, model, layer, b), edits)
+        all_logits = itertools.chain([original], edited)  # one at a time: they are large
+        losses = [next_token_sums(logits, original, b, k) for logits in all_logits]
+        ce, kl = torch.tensor(losses, dtype=torch.float64, device=x.device).T
+        terms = reconstruction_sums(x, x_hats) | dict(ce=ce, kl=kl, sources=int(k[:, :-1].sum()))
+        terms |= dict(fired=(acts > 0).sum(0).double(), mass=acts.double().sum(0))
+        sums = {name: sums[name] + value for name, value in terms.items()}
+    n, ce, kl = sums["tokens"], sums["ce"] / sums["sources"], sums["kl"] / sums["tokens"]
+    of_prefixes = prefix_figures(sums, widths)
+    whole = {name: values[-1] for name, values in of_prefixes.items()}
+    whole |= latent_figures(sums["fired"] / n, sae) | dict(
+        core_l0=of_prefixes["l0"][0],
+        non_core_l0=whole["l0"] - of_prefixes["l0"][0],
         ce_loss_without_sae=ce[0],
         ce_loss_with_ablation=ce[1],
         kl_div_with_ablation=kl[1],
-        l2_norm_in=s["norm_in"] / n,
-        frac_alive=(density > 0).double().mean(),
-        **{f"freq_over_{p}_percent": (density > p / 100).double().mean() for p in (1, 10)},
-        **{
-            f"normalized_freq_over_{p}_percent": density[density > p / 100].sum() / density.sum()
-            for p in (1, 10)
-        },
-        average_max_encoder_cosine_sim=nearest(F.normalize(sae.W_enc)),
-        average_max_decoder_cosine_sim=nearest(F.normalize(sae.W_dec)),
+        l2_norm_in=sums["norm_in"] / n,
     )
-    plain = lambda figures: {
-        name: float(v) if v.isfinite() else None for name, v in figures.items()
-    }
-    prefixes = [
-        dict(
-            prefix=f"prefix {g - 1}" if g else "core only",
-            width=w,
-            **plain({k: v[g] for k, v in per.items()}),
-        )
-        for g, w in enumerate(widths)
-    ]
-    return plain(whole) | dict(tokens=int(n), contexts=len(ids), prefixes=prefixes)
+    prefixes = []
+    for g, width in enumerate(widths):
+        row = numbers({name: values[g] for name, values in of_prefixes.items()})
+        prefixes.append(dict(prefix=f"prefix {g - 1}" if g else "core only", width=width) | row)
+    return numbers(whole) | dict(tokens=n, contexts=len(ids), prefixes=prefixes)
 
 
-# ---- First-letter absorption: does a latent for "starts with s" stay silent where a latent for one s-word fires? -------
-def residuals_at(model, layer, prompts, at, fill):
-    """Residual stream of prompts (lists of ids), padded with `fill` on the right, at one position each, at (n,): (n, D)"""
-    limit, x = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9), []
-    need(
-        max(map(len, prompts)) <= limit,
-        f"a prompt of {max(map(len, prompts))} tokens is longer than the model's contexts of {limit}",
-        CannotRun,
-    )
-    for i in progress("prompts", range(0, len(prompts), 64)):
-        ids = pad_sequence([torch.tensor(p) for p in prompts[i : i + 64]], True, fill).to(
-            model.device
-        )
-        x.append(residual_stream(model, layer, ids)[torch.arange(len(ids)), at[i : i + 64]].float())
-    return torch.cat(x)
+# -------------------------------------------------------------------------------------------------
+# First-letter absorption: is a latent for "starts with s" silent where one for an s-word fires?
+# -------------------------------------------------------------------------------------------------
+MIN_F1 = 0.6  # of a letter's probe, and of its main latents: below, there is nothing to measure
+MIN_LETTERS = 20  # that the probes must read (SAEBench)
+ABSORBED = "full_absorption_rate", "fraction_0_6_0", "fraction_0_3_2"
 
 
-def letter_task(model, layer, tokenizer, bos, budget=10**6, seed=0):
-    """x_train (n, D), y_train (n,), x_test (m, D), y_test (m,), x_fresh (m, D), probe W (26, D), b (26,): residuals at the word in "\\n" + 10
-    lines "{example} has the first letter: X" + "{word} has the first letter:", the test words in two prompts each; letters. CannotRun."""
-    rng, tokens = (
-        np.random.default_rng(seed),
-        enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))),
-    )
-    letter = {
-        i: ord(t.lstrip(" ▁Ġ")[0].upper()) - 65
-        for i, t in tokens
-        if t and re.fullmatch("[ ▁Ġ]?[a-zA-Z]+", t)
-    }
-    need(
-        len(letter) >= 100,
-        f"the vocabulary has {len(letter)} words of letters only; 100 are needed",
-        CannotRun,
-    )
-    words = rng.permutation(list(letter))[
-        : max(100, budget // 120)
-    ]  # a prompt has about 100 tokens, a fifth are read twice
-    train, test = words[: int(0.8 * len(words))], words[int(0.8 * len(words)) :]
-    after = lambda s: tokenizer("a" + s, add_special_tokens=False)["input_ids"][
-        len(tokenizer("a", add_special_tokens=False)["input_ids"]) :
-    ]
-    newline, tail, *answer = map(
-        after, ("\n", " has the first letter:", *(f" {chr(65 + c)}" for c in range(26)))
-    )
+# residuals at n train and m test words, (n, D) and (m, D), their letters 0..25, residuals at the
+# test words in other prompts (m, D), and the probes that read the letters there (26, D + 1)
+Spelling = namedtuple("Spelling", "x_train y_train x_test y_test x_fresh probes")
+
+
+@cache  # the same for every SAE of a layer
+def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
+    """The Spelling of at most n_words tokens that are a word, in prompts of "\\n", ten lines
+    "{example} has the first letter: X" of others, and "{word} has the first letter:". CannotRun"""
+    rng = np.random.default_rng(seed)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    words = {i: re.fullmatch("[ ▁Ġ]?([a-zA-Z]+)", t or "") for i, t in enumerate(tokens)}
+    letter = {i: ord(word[1][0].upper()) - 65 for i, word in words.items() if word}
+    if len(letter) < 100:
+        raise CannotRun(f"the vocabulary has {len(letter)} words of letters only; 100 are needed")
+    chosen = rng.permutation(list(letter))[:n_words]
+    train, test = np.split(chosen, [int(0.8 * len(chosen))])
+
+    def after(string):
+        """Its ids where it follows another word."""
+        first, both = tokenizer(["a", "a" + string], add_special_tokens=False)["input_ids"]
+        return both[len(first) :]
+
+    newline, tail = after("\n"), after(" has the first letter:")
+    answers = [after(f" {chr(65 + c)}") for c in range(26)]
 
     def read(words, pool):
         prompts = []
         for word in words.tolist():
-            examples = [e for e in rng.choice(pool, 11, replace=False).tolist() if e != word][:10]
-            prompts.append(
-                [
-                    bos,
-                    *newline,
-                    *(i for e in examples for i in (e, *tail, *answer[letter[e]], *newline)),
-                    word,
-                    *tail,
-                ]
-            )
-        return residuals_at(
-            model, layer, prompts, torch.tensor([len(p) - 1 - len(tail) for p in prompts]), bos
-        )
+            ids = [special_tokens(tokenizer)[0], *newline]
+            examples = [e for e in rng.choice(pool, 11, replace=False).tolist() if e != word]
+            for e in examples[:10]:
+                ids += [e, *tail, *answers[letter[e]], *newline]
+            prompts.append([*ids, word, *tail])
+        at = torch.tensor([len(prompt) - len(tail) - 1 for prompt in prompts])
+        return residuals_at(model, layer, prompts, at)
 
-    x, y, z = (
-        read(train, train),
-        *(
-            torch.tensor([letter[w] for w in at.tolist()], device=model.device)
-            for at in (train, test)
-        ),
-    )
-    return (
-        x,
-        y,
-        read(test, test),
-        z,
-        read(test, words),
-        *train_letter_probes(x, y, 64, 1e-4, seed=seed),
-    )
+    x_train = read(train, train)
+    y = torch.tensor([letter[word] for word in chosen.tolist()], device=model.device)
+    y_train, y_test = y[: len(train)], y[len(train) :]
+    x_test, x_fresh = read(test, test), read(test, chosen)
+    probes = train_letter_probes(x_train, y_train, 64, 1e-4, seed=seed)
+    return Spelling(x_train, y_train, x_test, y_test, x_fresh, probes)
+
+
+def f1_score(positive, truth):
+    """F1 along the first dimension of two bool tensors."""
+    return 2 * (positive & truth).sum(0) / (positive.sum(0) + truth.sum(0)).clamp_min(1)
+
+
+def main_latents(order, f_train, y_train, f_test, y_test):
+    """A letter's main latents: the first k of order, where a larger k must add .03 to the F1 of a
+    regression on them. f (n, F), y (n,) bool. Also that F1."""
+    best, main = -1.0, None
+    for k in range(1, 11):
+        probe = logistic_regression(f_train[:, order[:k]], y_train, balanced=True)
+        now = f1_score(probe_logits(f_test[:, order[:k]], probe)[:, 0] > 0, y_test).item()
+        if now <= best + 0.03:
+            break
+        best, main = now, order[:k]
+    return main, best
 
 
 def absorption_scores(f, x, W_dec, w, main):
-    """For n words of one letter: full absorption (bool), and the absorbed fraction by SAEBench 0.6.0 and by 0.3.2 (published).
-    f (n, F) activations, x (n, D) residuals, w (D,) the letter's probe, main: indices of its main latents. -> (n,) each"""
-    c = F.normalize(W_dec) @ (u := F.normalize(w, dim=0))  # (F,)
-    p, A, m = (
-        f * c,
-        x @ u,
-        (f * c)[:, main].sum(1),
-    )  # p (n, F): each latent's share of the projection A (n,); m: the main ones'
+    """Of n words of one letter: full absorption (bool), and the absorbed fraction by SAEBench 0.6.0
+    and by 0.3.2 (published), (n,) each. f (n, F) activations, x (n, D) residuals, w (D,) the
+    letter's probe, main: indices of its main latents."""
+    u = F.normalize(w, dim=0)
+    c = F.normalize(W_dec) @ u  # (F,)
+    p = f * c  # (n, F) what each latent adds to
+    A = x @ u  # (n,) the projection on the probe,
+    m = p[:, main].sum(1)  # (n,) and the main ones together
     top, at = p.max(1)
     full = (f[:, main] < 1e-8).all(1) & (c[at] >= 0.025) & (A > 0) & (top >= 0.4 * A)
-    t = (
-        (p * (c >= 0.1).index_fill(0, main, False))
-        .clamp_min(0)
-        .topk(min(3, len(c)), 1)
-        .values.sum(1)
-    )
-    b, s = torch.minimum(t, A - m), p.sum(1)
-    now = torch.where((m >= A) | (A <= 0) | (t < 0.4 * A), 0, torch.where(m <= 0, 1, b / (b + m)))
-    return full, now, torch.where((m >= A) | (s <= 0), 0, ((s - m) / s).clamp(0, 1))
+    others = p * (c >= 0.1).index_fill(0, main, False)
+    t = others.clamp_min(0).topk(min(3, len(c)), 1).values.sum(1)
+    part = torch.minimum(t, A - m)
+    now = torch.where(m <= 0, 1, part / (part + m))
+    now = now.masked_fill((m >= A) | (A <= 0) | (t < 0.4 * A), 0)
+    total = p.sum(1)
+    published = ((total - m) / total).clamp(0, 1).masked_fill((m >= A) | (total <= 0), 0)
+    return full, now, published
 
 
 @torch.no_grad()
-def absorption(task, sae, min_f1=0.6, min_letters=20, seed=0):
-    """First-letter absorption (Chanin et al. 2024); lower is better. Letters count where the residual's probe has F1 > min_f1 (fraction_0_3_2:
-    all, as published). Main latents: an L1 probe's k largest weights, where a larger k must add 0.03 to a regression's F1. CannotRun."""
-    x_train, y_train, x_test, y_test, x_fresh, probe, bias = task
-    logits, is_letter, rows = (
-        F.linear(x_test, probe, bias),
-        F.one_hot(y_test, 26).bool(),
-        [],
-    )  # (m, 26)
-    f1 = lambda positive, y: 2 * (positive & y).sum(0) / (positive.sum(0) + y.sum(0)).clamp_min(1)
-    score = f1(logits > 0, is_letter)  # (26,)
-    failed = (
-        ", ".join(
-            f"{chr(97 + c)} {score[c]:.2f}" for c in (score <= min_f1).nonzero()[:, 0].tolist()
-        )
-        or "none"
-    )
-    need(
-        (score > min_f1).sum() >= min_letters,
-        f"the layer's probe reads {(score > min_f1).sum()} of 26 first letters with F1 > {min_f1}, "
-        f"--min-letters {min_letters} are asked for; F1 of the others: {failed}",
-        CannotRun,
-    )
-    f_train, f_test, f_fresh = (
-        torch.cat([sae.encode(part) for part in x.split(2048)]) for x in (x_train, x_test, x_fresh)
-    )
+def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
+    """First-letter absorption (Chanin et al. 2024, arXiv 2409.14507). Main latents of a letter are
+    the largest weights of an L1 probe. CannotRun where the residual's probes read too few letters
+    with F1 > .6; ours: or where the main latents' mean F1 is below, as the figure would be theirs.
+
+    full_absorption_rate: share of words whose main latents are silent while one other fires
+    fraction_0_6_0: how much of the letter comes from others, as SAEBench 0.6.0 has it
+    fraction_0_3_2: the same as published; of all letters
+    num_split_features: main latents of a letter, mean
+    main_f1: how well they tell the letter, mean; below 0.6 there would be no figure
+    """
+    task = spelling_task(model, layer, tokenizer, n_words, seed)
+    read = probe_logits(task.x_test, task.probes) > 0  # (m, 26)
+    is_letter = F.one_hot(task.y_test, 26).bool()
+    score = f1_score(read, is_letter)  # (26,)
+    failed = [f"{chr(97 + c)} {score[c]:.2f}" for c in range(26) if score[c] <= MIN_F1]
+    failed_letters, n_read = ", ".join(failed) or "none", 26 - len(failed)
+    if n_read < MIN_LETTERS:
+        what = f"the layer's probe reads {n_read} of 26 first letters, {MIN_LETTERS} are needed"
+        raise CannotRun(f"{what}; F1 of the others: {failed_letters}")
+    xs = task.x_train, task.x_test, task.x_fresh
+    f_train, f_test, f_fresh = (torch.cat([*map(sae.encode, x.split(2048))]) for x in xs)
     active = (f_train > 0).any(0).nonzero()[:, 0]  # a latent that never fires is no letter's
-    need(len(active), "no latent fires on any word", CannotRun)
-    W, _ = train_letter_probes(
-        f_train[:, active], y_train, 4096, 1e-6, l1=0.01, seed=seed
-    )  # (26, active)
-    for c in progress("absorption", range(26)):
-        order, best, main = active[W[c].argsort(descending=True)], -1.0, None
-        for k in range(1, 11):
-            w, b = logistic_regression(f_train[:, order[:k]], y_train == c, balanced=True)
-            now = f1(f_test[:, order[:k]] @ w + b > 0, is_letter[:, c]).item()
-            if now <= best + 0.03:
-                break
-            best, main = now, order[:k]
-        hit = is_letter[:, c] & (logits[:, c] > 0)
+    if len(active) == 0:
+        raise CannotRun("no latent fires on any word")
+    W = train_letter_probes(f_train[:, active], task.y_train, 4096, 1e-6, 0.01, seed)[:, :-1]
+    rows = []
+    for c in bar(range(26), "absorption"):
+        hit = is_letter[:, c] & read[:, c]
         if hit.any():
-            full, now, published = (
-                v.float()
-                for v in absorption_scores(f_fresh[hit], x_fresh[hit], sae.W_dec, probe[c], main)
-            )
-            rows.append(
-                dict(
-                    first_letter=chr(97 + c),
-                    probe_f1=score[c].item(),
-                    num_probe_true_positives=len(full),
-                    main_f1=best,
-                    full_absorption_rate=full.mean().item(),
-                    num_full_absorption=int(full.sum()),
-                    num_split_features=len(main),
-                    fraction_0_6_0=now.mean().item(),
-                    fraction_0_3_2=published.mean().item(),
-                    main_latents=main.tolist(),
-                )
-            )
-    good, keys = (
-        [r for r in rows if r["probe_f1"] > min_f1],
-        ["full_absorption_rate", "fraction_0_6_0", "num_split_features"],
-    )
-    return (
-        mean_of(good, keys, std=True)
-        | mean_of(rows, ["fraction_0_3_2"])
-        | dict(
-            letters=len(good),
-            failed_letters=failed,
-            train_words=len(y_train),
-            test_words=len(y_test),
-            details=rows,
-        )
-    )
+            order, y = active[W[c].argsort(descending=True)], task.y_train == c
+            main, main_f1 = main_latents(order, f_train, y, f_test, is_letter[:, c])
+            words, probe = (f_fresh[hit], task.x_fresh[hit]), task.probes[c, :-1]
+            scores = absorption_scores(*words, sae.W_dec, probe, main)
+            row = dict(first_letter=chr(97 + c), probe_f1=score[c].item(), main_f1=main_f1)
+            row |= {k: v.float().mean().item() for k, v in zip(ABSORBED, scores, strict=True)}
+            row |= dict(num_split_features=len(main), main_latents=main.tolist())
+            row["num_full_absorption"] = int(scores[0].sum())
+            rows.append(row | dict(num_probe_true_positives=len(scores[0])))
+    good = [row for row in rows if row["probe_f1"] > MIN_F1]
+    out = mean_of(good, [*ABSORBED[:2], "num_split_features", "main_f1"])
+    if out["main_f1"] < MIN_F1:
+        raise CannotRun(f"the main latents' mean F1 is {out['main_f1']:.2f}, below {MIN_F1}")
+    out |= mean_of(rows, ABSORBED[2:]) | dict(letters=len(good), failed_letters=failed_letters)
+    return out | dict(train_words=len(f_train), test_words=len(f_test), details=rows)
 
 
-# ---- Labelled texts: sparse probing, TPP, SCR --------------------------------------------------------------------------
-HUB = {
-    "fancyzhx/ag_news": (
-        ("text", "label"),
-        None,
-    ),  # the two of SAEBench's eight sets that `datasets` reads by itself
-    "LabHC/bias_in_bios": (("hard_text", "profession", "gender"), (0, 1, 2, 6, 9)),
-}
-
-
-def labelled(source, columns=("text", "label"), only=None, budget=10**4, seed=0):
-    """(texts, labels, spurious labels or None), n each, from a .csv or .jsonl file (or BadInput) or the first 20,000 rows of a hub dataset
-    (or CannotRun); only: labels to take. At most 2500 a class (SAEBench: 2000 + 500), about `budget` in all, no class below 10."""
-    from datasets import load_dataset
-
-    (text, label, spurious), kind = (
-        [*columns, *("label", "spurious")[len(columns) - 1 :]][:3],
-        source not in HUB and {".jsonl": "json"}.get(source[-6:], "csv"),
-    )
-    raw = {"csv": dict(converters=dict.fromkeys((text, label, spurious), str))}.get(
-        kind, {}
-    )  # without it an empty label would turn 1 into 1.0
+# -------------------------------------------------------------------------------------------------
+# Sparse probing: what a few latents tell of a labelled text
+# -------------------------------------------------------------------------------------------------
+def read_rows(path):
+    """Rows of a .csv file with a header, or of a .jsonl file: dicts. BadInput"""
+    csv.field_size_limit(2**31 - 1)
     try:
-        rows = load_dataset(
-            kind or source,
-            data_files=source if kind else None,
-            split="train",
-            streaming=True,
-            **raw,
-        )
-        rows = list(
-            islice((r for r in rows if only is None or r[label] in only), None if kind else 20_000)
-        )
-    except Exception as e:  # datasets, fsspec and pandas raise a dozen unrelated types
-        raise (BadInput if kind else CannotRun)(
-            f"{source}: cannot be read ({type(e).__name__}: {e}); --labelled FILE.csv works"
-        ) from None
-    need(
-        rows and {text, label, *columns} <= rows[0].keys(),
-        f"{source}: has only {', '.join(rows[0]) if rows else 'no rows'}, not {', '.join(columns)}; try --columns text label",
-    )
-    rows = [
-        rows[i]
-        for i in np.random.default_rng(seed).permutation(len(rows))
-        if not {rows[i].get(key, 0) for key in (text, label, spurious)} & {None, ""}
-    ]
-    classes = [c for c, n in Counter(str(r[label]) for r in rows).items() if n >= 10]
-    need(
-        len(classes) > 1,
-        f"{source}: column {label} has {len(classes)} classes of 10 texts or more; two are needed",
-    )
-    rows = [
-        r
-        for c in classes
-        for r in [r for r in rows if str(r[label]) == c][
-            : min(2500, max(10, budget // len(classes)))
-        ]
-    ]
-    return [str(r[text]) for r in rows], *(
-        np.array([str(r[key]) for r in rows]) if key in rows[0] else None
-        for key in (label, spurious)
-    )
+        kind = dict(csv=csv.DictReader, jsonl=partial(map, json.loads))[Path(path).suffix[1:]]
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            return list(kind(f))
+    except (OSError, ValueError, KeyError, csv.Error) as e:
+        why = f"cannot be read ({type(e).__name__}: {e}); it must be a .csv or .jsonl file"
+        raise BadInput(f"--labelled {path}: {why}") from None
+
+
+def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
+    """Texts and labels, (n,) str each, of two columns of rows (dicts), about `budget` in all: at
+    most 2500 a class (SAEBench: 2000 + 500), no class below 10; and for SCR, where a third column
+    is named, the values there, else None. BadInput"""
+    there = list(rows[0]) if rows else []
+    if not set(columns) <= set(there):
+        has = ", ".join(map(str, there)) or "no rows"
+        raise BadInput(f"--columns {' '.join(columns)}: the file has only {has}")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    found = [[rows[i].get(column) for column in columns] for i in order]
+    found = [[str(v) for v in row] for row in found if not {None, ""} & {*row}]
+    classes = [c for c, n in Counter(row[1] for row in found).items() if n >= 10]
+    if len(classes) < 2:
+        few = f"{len(classes)} classes of 10 texts or more; two are needed"
+        raise BadInput(f"--columns {' '.join(columns)}: column {columns[1]} has {few}")
+    most = min(2500, max(10, budget // len(classes)))
+    found = [row for c in classes for row in [row for row in found if row[1] == c][:most]]
+    texts, labels, *spurious = np.array(found).T
+    return texts, labels, spurious[0] if spurious else None
 
 
 @torch.no_grad()
-def pooled(model, layer, tokenizer, text, sae, texts, ctx=128):
-    """Mean over each text's kept tokens of residual and latents: X (n, D), A (n, F). why TPP and SCR need no more: zeroing latents, the
-    SAE's error kept, moves X by exactly -A W_dec of these. (SAEBench also encodes masked positions, as zeros; not here.)"""
-    X, A, d_sae = [], [], len(sae.W_enc)
-    for i in progress("texts", range(0, len(texts), 32)):
-        rows = tokenizer(texts[i : i + 32], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = pad_sequence(
-            [torch.tensor([text.bos, *r[: ctx - 1]]) for r in rows], True, text.bos
-        ).to(model.device)
-        keep = text.keep(ids)
-        n, doc = (
-            keep.sum(1, keepdim=True).clamp_min(1),
-            keep.nonzero()[:, 0],
-        )  # doc (B,): which text a token is of
+def pooled(model, layer, tokenizer, sae, texts, ctx=128):
+    """Means over each text's kept tokens of residual and latents: X (n, D), A (n, F)."""
+    special = special_tokens(tokenizer)
+    X, A = [], []
+    for i in bar(range(0, len(texts), 32), "texts"):
+        rows = tokenizer(list(texts[i : i + 32]), add_special_tokens=False, verbose=False)
+        ids = padded([special[:1] + row[: ctx - 1] for row in rows["input_ids"]], model.device)
+        keep = ~torch.isin(ids, torch.tensor(special, device=ids.device))
+        n, doc = keep.sum(1, keepdim=True).clamp_min(1), keep.nonzero()[:, 0]  # doc: each token's
         x = residual_stream(model, layer, ids)[keep].float()  # (B, D)
-        value, row, col = candidates(x - sae.b_dec, sae.W_enc, sae.b_enc, sae.threshold)
-        A.append(
-            x.new_zeros(len(rows) * d_sae)
-            .index_add_(0, doc[row] * d_sae + col, value)
-            .view(-1, d_sae)
-            / n
-        )
-        X.append(x.new_zeros(len(rows), x.shape[1]).index_add_(0, doc, x) / n)
+        for means, values in (X, x), (A, sae.encode(x)):
+            sums = x.new_zeros(len(n), values.shape[1]).index_add_(0, doc, values)
+            means.append(sums / n)
     return torch.cat(X), torch.cat(A)
 
 
 def one_vs_rest(labels, seed=0):
-    """[(train (2, m), test (2, m'))] for each class in sorted order: indices of texts, positives first; as many others, in equal shares; 80/20."""
-    rng = np.random.default_rng(seed)
+    """[(train (2, m), test (2, m'))] for each class in sorted order, 80/20: indices of texts,
+    positives first; as many of the others, in equal shares."""
+    rng, parts = np.random.default_rng(seed), []
+    for c in sorted(set(labels)):
+        order = rng.permutation(np.flatnonzero(labels == c))
+        parts.append(np.split(order, [int(0.8 * len(order))]))
 
     def task(c, part):
-        rest = rng.permutation(
-            np.concatenate(
-                [at[: -(-len(part[c]) // (len(part) - 1))] for o, at in enumerate(part) if o != c]
-            )
-        )
+        share = -(-len(part[c]) // (len(part) - 1))  # rounded up
+        rest = [at[:share] for other, at in enumerate(part) if other != c]
+        rest = rng.permutation(np.concatenate(rest))
         return torch.from_numpy(np.stack([part[c][: len(rest)], rest[: len(part[c])]]))
 
-    parts = list(
-        zip(
-            *(
-                np.split(
-                    rng.permutation(np.flatnonzero(labels == c)), [int(0.8 * sum(labels == c))]
-                )
-                for c in sorted(set(labels))
-            )
-        )
-    )
-    return [tuple(task(c, part) for part in parts) for c in range(len(parts[0]))]
+    train, test = zip(*parts, strict=True)
+    return [(task(c, train), task(c, test)) for c in range(len(parts))]
 
 
 def sparse_probing(X, A, labels, seed=0, ks=(1, 2, 5)):
-    """Test accuracy (chance 0.5), mean over classes, of logistic regression on the k latents (sae) or residual channels (llm) of largest
-    difference of class means, and on all (SAEBench there: the best test epoch of AdamW). X (n, D), A (n, F), labels (n,)"""
+    """Logistic regressions that tell a class from the others by texts' means, `pooled`'s X (n, D)
+    and A (n, F); mean over classes. labels (n,)
+
+    sae_top_N_test_accuracy: on the N latents whose class means differ most; chance is .5
+    llm_top_N_test_accuracy: the same on channels of the residual stream
+    sae_test_accuracy: on all latents (SAEBench: the best test epoch of AdamW)
+    llm_test_accuracy: on all channels
+    """
     rows = []
-    for c, (train, test) in zip(
-        sorted(set(labels)), progress("probing", one_vs_rest(labels, seed))
-    ):
-        rows.append(dict(label=c, train=train.numel(), test=test.numel()))
-        y, here = (
-            torch.arange(train.numel(), device=X.device) < train.shape[1],
-            torch.arange(test.numel()).view(1, 2, -1),
-        )
+    for label, (train, test) in zip(sorted(set(labels)), one_vs_rest(labels, seed), strict=True):
+        row = dict(label=label, train=train.numel(), test=test.numel())
+        y_train, y_test = (torch.arange(t.numel()) < t.shape[1] for t in (train, test))
         for name, data in ("sae", A), ("llm", X):
-            order = (data[train[0]].mean(0) - data[train[1]].mean(0)).abs().argsort(descending=True)
-            seen = (
-                (data[train.flatten()] != 0).any(0).nonzero()[:, 0]
-            )  # a latent that never fires has no weight
-            for key, at in (*((f"top_{k}_", order[:k]) for k in ks), ("", seen)):
-                w, b = logistic_regression(data[train.flatten()][:, at], y)
-                rows[-1][f"{name}_{key}test_accuracy"] = accuracy(
-                    data[test.flatten()][:, at], here, w[None], b[None]
-                ).item()
-    return mean_of(rows, [key for key in rows[0] if key.endswith("accuracy")]) | dict(
-        texts=len(labels), details=rows
-    )
+            x_train, x_test = data[train.flatten()], data[test.flatten()]
+            gap = data[train[0]].mean(0) - data[train[1]].mean(0)
+            order = gap.abs().argsort(descending=True)
+            chosen = {f"{name}_top_{k}_test_accuracy": order[:k] for k in ks}
+            seen = (x_train != 0).any(0)  # a latent that never fires has weight 0
+            chosen[f"{name}_test_accuracy"] = seen.nonzero()[:, 0]
+            for key, at in chosen.items():
+                probe = logistic_regression(x_train[:, at], y_train.to(X.device))
+                says = probe_logits(x_test[:, at], probe)[:, 0] > 0
+                row[key] = (says.cpu() == y_test).float().mean().item()
+        rows.append(row)
+    return mean_of(rows, list(rows[0])[3:]) | dict(texts=len(labels), details=rows)
 
 
-def drops(X, A, W_dec, test, W, b, effect, ns=(2, 5, 10, 20, 50, 100, 500)):
-    """{n: (P,)} loss of test accuracy of probes W (P, D), b (P,) when the n latents of the largest positive effects (F,) are zeroed on
-    every token, the SAE's error kept; SAEBench's main n is 20. X (n, D), A (n, F), test (P, 2, m)"""
-    value, at = effect.topk(min(max(ns), len(effect)))
-    gone = lambda at: -torch.einsum("pymn,pn->pym", A[test[..., None], at], W @ W_dec[at].T)
-    return {
-        n: accuracy(X, test, W, b) - accuracy(X, test, W, b, gone(at[:n][value[:n] > 0]))
-        for n in ns
-    }
+# -------------------------------------------------------------------------------------------------
+# TPP and SCR: what a few ablated latents cost probes of the residual stream
+# -------------------------------------------------------------------------------------------------
+ABLATED = 2, 5, 10, 20, 50, 100, 500  # latents at once; SAEBench's main figure is that of 20
 
 
-def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
-    """Targeted probe perturbation: how much more the ablation of a class's n latents costs its own probe than the others'.
-    Mean over classes, then over seeds, each with its own split and probes. X (n, D), A (n, F), labels (n,), W_dec (F, D)."""
-    rows = []
-    for seed in progress("tpp", seeds):
-        train, test = (
-            torch.stack([t[:, : min(u.shape[1] for u in part)] for t in part]).to(X.device)
-            for part in zip(*one_vs_rest(labels, seed))
-        )
-        W, b = train_probes(X, train, test, seed)
-        rows.append(
-            dict(
-                seed=seed,
-                probe_accuracy=accuracy(X, test, W, b).mean().item(),
-                train=train[0].numel(),
-                test=test[0].numel(),
-            )
-        )
-        lost = [
-            drops(X, A, W_dec, test, W, b, (A[p].mean(0) - A[q].mean(0)).clamp_min(0) * (W_dec @ w))
-            for (p, q), w in zip(train, W)
-        ]
-        for n in lost[0]:
-            drop, K = (
-                torch.stack([d[n] for d in lost]),
-                len(W),
-            )  # (K, K): the latents of a row's class, the probe of a column's
-            own, others = (
-                drop.diagonal().mean().item(),
-                (drop.sum() - drop.trace()).item() / (K * (K - 1)),
-            )
-            rows[-1] |= {
-                f"tpp_threshold_{n}_{key}": v
-                for key, v in zip(
-                    ("total_metric", "intended", "unintended"), (own - others, own, others)
-                )
-            }
-    return mean_of(
-        rows, [key for key in rows[0] if "total" in key or "accuracy" in key], std=True
-    ) | dict(seeds=len(rows), details=rows)
-
-
-def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2), max_pairs=4):
-    """Spurious correlation removal. A biased probe learns class a against b where a always has spurious value u, b has v. dir1 ablates the
-    spurious label's n latents and scores it on balanced a and b: (ablated - biased) / (oracle - biased), or 0 where the oracle is
-    < 0.001 better; dir2 the reverse. scr_metric: the direction of lower biased accuracy; mean over class pairs, then seeds."""
-    need(
-        spurious is not None,
-        "no spurious label: SCR needs a third column, for example --columns text label gender",
-        CannotRun,
-    )
-    values, classes, rows = sorted(set(spurious)), sorted(set(labels)), []
-    need(
-        len(values) == 2, f"the spurious column has {len(values)} values; SCR needs two", CannotRun
-    )
-    cells = {
-        (c, v): np.flatnonzero((labels == c) & (spurious == v)) for c in classes for v in values
-    }
-    size = {
-        pair: min(len(cells[cell]) for cell in product(pair, values))
-        for pair in combinations(classes, 2)
-    }
-    pairs = sorted((p for p in size if size[p] >= 20), key=lambda p: -size[p])[:max_pairs]
-    need(pairs, "no two classes have 20 texts with either value of the spurious label", CannotRun)
-
-    def tasks(
-        Q,
-    ):  # text indices (2 classes, 2 values, n) -> (3, 2, m): by class, by spurious label, biased
-        h = Q.shape[2] // 2
-        return torch.stack(
-            [
-                Q[..., :h].flatten(1),
-                Q.transpose(0, 1)[..., :h].flatten(1),
-                torch.stack([Q[0, 0], Q[1, 1]])[:, : 2 * h],
-            ]
-        )
-
-    for seed, pair in progress("scr", list(product(seeds, pairs))):
-        rng, n = np.random.default_rng(seed), int(0.8 * size[pair])
-        Q = np.array([[rng.permutation(cells[c, v])[: size[pair]] for v in values] for c in pair])
-        train, test = (tasks(torch.tensor(part, device=X.device)) for part in np.split(Q, [n], 2))
-        W, b = train_probes(X, train, test, seed)
-        oracle, biased = (
-            accuracy(X, test, W, b),
-            accuracy(X, test[:2], W[[2, 2]], b[[2, 2]]),
-        )  # (3,), (2,)
-        rows.append(
-            dict(
-                seed=seed,
-                pair=pair,
-                biased_accuracy=biased.tolist(),
-                oracle_accuracy=oracle[:2].tolist(),
-                test=test[0].numel(),
-            )
-        )
-        for i, (p, q), w in (
-            (0, train[1], W[1]),
-            (1, train[0], W[0]),
-        ):  # scored by class: the spurious label's latents go, and the reverse
-            lost, room = (
-                drops(
-                    X,
-                    A,
-                    W_dec,
-                    test[:2],
-                    W[[2, 2]],
-                    b[[2, 2]],
-                    ((A[p].mean(0) - A[q].mean(0)) * (W_dec @ w)).abs(),
-                ),
-                (oracle[:2] - biased)[i],
-            )
-            rows[-1] |= {
-                f"scr_dir{i + 1}_threshold_{n}": (-lost[n][i] / room).item()
-                if room >= 0.001
-                else 0.0
-                for n in lost
-            }
-        rows[-1] |= {
-            f"scr_metric_threshold_{n}": rows[-1][
-                f"scr_dir{1 + int(biased[1] < biased[0])}_threshold_{n}"
-            ]
-            for n in lost
-        }
-    means = [
-        mean_of([r for r in rows if r["seed"] == seed], [key for key in rows[0] if "metric" in key])
-        for seed in seeds
-    ]
-    return mean_of(means, list(means[0]), std=True) | dict(
-        seeds=len(means), pairs=len(pairs), details=rows
-    )
-
-
-# ---- RAVEL: do a few latents carry one attribute of an entity, and no other? -------------------------------------------
-def ravel(model, layer, tokenizer, text, sae, facts, budget=10**6, seed=0):
-    """RAVEL (Huang et al. 2024) by MDBM; facts as in read_facts. At the entity's last token the masked latents of a base prompt take their
-    values in a source prompt; no error term. cause: share of prompts on the attribute that then give the source's answer; isolation:
-    of prompts on other attributes that keep theirs. An answer is its first token, greedily (SAEBench: text of six); only what the model
-    knows counts. At most 5000 pairs, 70/30; mask sigmoid(b / T), T 1 to 1e-4, 2 epochs of Adam 1e-3, batch 32 (ours); then b > 0. CannotRun."""
-    need(facts, "no entities and attributes: give --ravel FILE.json", CannotRun)
-    encode, rows = lambda s: [text.bos, *tokenizer(s, add_special_tokens=False)["input_ids"]], []
-    for attribute, template, (entity, known) in (
-        (a, t, e)
-        for a, ts in facts["templates"].items()
-        for t in ts
-        for e in facts["entities"].items()
-    ):
-        prompt = template.replace("{entity}", entity)
-        head, ids, full = map(
-            encode,
-            (
-                template.split("{entity}")[0] + entity,
-                prompt,
-                f"{prompt} {known.get(attribute, '')}",
-            ),
-        )
-        if (
-            attribute in known and ids[: len(head)] == head and full[: len(ids)] == ids != full
-        ):  # all three end where a token ends
-            rows.append((ids, len(ids) - 1, len(head) - 1, full[len(ids)], entity, attribute))
-    need(
-        rows,
-        "no prompt can be built from the facts: entity or answer does not end where a token ends",
-        CannotRun,
-    )
-    prompts, *columns, entities, asked = map(list, zip(*rows))
-    (last, at, target), asked, rng = (
-        torch.tensor(columns, device=model.device),
-        np.array(asked),
-        np.random.default_rng(seed),
-    )  # (n,) each
-    padded = pad_sequence([torch.tensor(p) for p in prompts], True, text.bos).to(
-        model.device
-    )  # (n, T)
-
-    def answer(i, edit=lambda h: h):  # logits of the token after prompts i (b,): (b, V)
-        with spliced(model, layer, edit):
-            return model(padded[i], use_cache=False).logits[torch.arange(len(i)), last[i]].float()
-
-    def swap(base, source, mask):
-        f_base, f_source = sae.encode(x[base]), sae.encode(x[source])  # (b, F)
-        new = sae.decode(f_base + mask * (f_source - f_base))  # (b, D)
-        return lambda h: h.index_put(
-            (torch.arange(len(base), device=h.device), at[base]), new.to(h.dtype)
-        )
-
-    with torch.no_grad():
-        x = residuals_at(model, layer, prompts, at, text.bos)  # (n, D)
-        known = (
-            torch.cat([answer(i).argmax(1) == target[i] for i in torch.arange(len(rows)).split(64)])
-            .cpu()
-            .numpy()
-        )
-    details, differ = [], np.not_equal.outer(columns[2], columns[2])  # (n, n)
-    n_pairs = min(
-        5000, int(budget / 1.7 / padded.shape[1] / len(facts["templates"]))
-    )  # each is read 2 x 0.7 + 0.3 times
-    for attribute in facts["templates"]:
-        value, own = (
-            np.array([str(facts["entities"][e].get(attribute)) for e in entities]),
-            asked == attribute,
-        )
-        pairs = np.argwhere(
-            (value[:, None] != value) & (~own[:, None] | differ) & known[:, None] & (known & own)
-        )  # (base, source)
-        halves = [
-            rng.permutation(pairs[own[pairs[:, 0]] == about])[: n_pairs // 2]
-            for about in (True, False)
-        ]
-        if (m := min(map(len, halves))) < 10:
-            continue
-        base, source = torch.from_numpy(
-            np.stack([h[:m] for h in halves], 1).reshape(-1, 2)
-        ).T  # by turns about the attribute, about others
-        about, n, b = (
-            torch.from_numpy(own)[base],
-            int(0.7 * len(base)),
-            x.new_zeros(len(sae.W_enc), requires_grad=True),
-        )
-        expect = target[torch.where(about, source, base)]  # (pairs,)
-        order = [p for _ in range(2) for p in torch.from_numpy(rng.permutation(n)).split(32)]
-        loss = lambda T, p: F.cross_entropy(
-            answer(base[p], swap(base[p], source[p], torch.sigmoid(b / T))), expect[p]
-        )
-        descend(
-            torch.optim.Adam([b], lr=1e-3),
-            zip(np.geomspace(1, 1e-4, len(order)), progress(f"ravel {attribute}", order)),
-            lambda at: loss(*at),
-        )
-        with torch.no_grad():
-            hit = torch.cat(
-                [
-                    answer(base[p], swap(base[p], source[p], b > 0)).argmax(1) == expect[p]
-                    for p in torch.arange(n, len(base)).split(64)
-                ]
-            )
-        cause, isolation = (
-            hit.cpu()[about[n:] == yes].double().mean().item() for yes in (True, False)
-        )
-        details.append(
-            dict(
-                attribute=attribute,
-                disentanglement_score=(cause + isolation) / 2,
-                cause_score=cause,
-                isolation_score=isolation,
-                latents=int((b > 0).sum()),
-                train_pairs=n,
-                test_pairs=len(hit),
-            )
-        )
-    need(
-        details,
-        f"the model answers {known.sum()} of {len(known)} prompts: too few of two attributes with different answers, or --tokens too few",
-        CannotRun,
-    )
-    return mean_of(
-        details, ["disentanglement_score", "cause_score", "isolation_score", "latents"]
-    ) | dict(
-        prompts=len(known),
-        prompts_known=int(known.sum()),
-        attributes=", ".join(d["attribute"] for d in details),
-        details=details,
-    )
-
-
-# ---- Core stability: the paper's own question --------------------------------------------------------------------------
-def cycles(run):
-    """The SAE folders of a run folder, in order: a list, empty where it is none."""
-    return sorted(
-        (c.parent for c in Path(run).glob("cycle*/cfg.json") if c.parent.name[5:].isdigit()),
-        key=lambda c: int(c.name[5:]),
-    )
-
-
-def stability(run):
-    """For each training of a run folder its row of dmsae.py's table, votes, and overlap with the core before: exact, as rows are frozen."""
-    rows = [
-        json.loads((folder / "cfg.json").read_text())["metadata"]["result"]
-        | dict(
-            votes=dict(
-                sorted(Counter(load_core(folder / "core.safetensors")[0].votes.tolist()).items())
-            )
-        )
-        for folder in cycles(run)
-    ]
-    return [
-        r
-        | dict(
-            jaccard=r["kept"] / (r["core"] + r["dropped"]),
-            identity_overlap=r["kept"] / max(1, r["kept"] + r["dropped"]),
-        )
-        for r in rows
-    ]
-
-
-def partners(a, b, floors=(0.7, 0.9)):
-    """How many rows of a (n, D) and b (m, D) pair off one to one with a cosine above each floor, the closest first."""
-    cosine, found, mutual = F.normalize(a) @ F.normalize(b).T, [], torch.ones(1)
-    while mutual.any():
-        best, j = cosine.max(1)
-        mutual = (cosine.argmax(0)[j] == torch.arange(len(j))) & (
-            best > min(floors)
-        )  # nobody is closer to either
-        found += best[mutual].tolist()
-        cosine[mutual], cosine[:, j[mutual]] = -2, -2
-    return {f"above_{floor}": sum(c > floor for c in found) for floor in floors}
-
-
-def agreement(run_a, run_b, seed=0):
-    """How many latents two runs share, by encoder and decoder rows: {set: {n, encoder, decoder}}. Sets: their last cores; as many random
-    directions with the second core; as many random latents of the two prefixes 0; all of prefix 0 (core included)."""
-    sets, rng, out = [], generator(seed, "agreement"), {}
-    for folder in cycles(run_a)[-1], cycles(run_b)[-1]:
-        sae, index = load_sae(folder), load_core(folder / "core.safetensors")[0].index
-        some = torch.randperm(sae.widths[0], generator=rng)[: len(index)]
-        sets.append(
-            [
-                (rows[index], rows[some], rows[: sae.widths[0]])
-                for rows in (sae.W_enc.detach(), sae.W_dec.detach())
-            ]
-        )
-    for rows, a, b in zip(("encoder", "decoder"), *sets):
-        a, b = (a[0], torch.randn(a[0].shape, generator=rng), *a[1:]), (b[0], *b)
-        for name, one, two in zip(
-            ("core", "random directions", "random latents of prefix 0", "prefix 0"), a, b
-        ):
-            out.setdefault(name, dict(n=[len(one), len(two)]))[rows] = partners(one, two)
-    return out
-
-
-# ---- The table and the page --------------------------------------------------------------------------------------------
-def table(report):
-    """Rows of cells, a column for each SAE; and lines to stand below: what cannot be had, and why; the stability of runs."""
-    show = lambda v: (
-        "-"
-        if v is None
-        else f"{v:,}"
-        if isinstance(v, int)
-        else f"{v:.4g}"
-        if isinstance(v, float)
-        else v
-    )
-    rows, notes = [["", *("/".join(Path(s["folder"]).parts[-2:]) for s in report["saes"])]], []
-    note = lambda v: (
-        v
-        if len(v) < 20
-        else notes.append(v) or f"[{len(notes)}]"
-        if v not in notes
-        else f"[{notes.index(v) + 1}]"
-    )
-    for metric in dict.fromkeys(m for s in report["saes"] for m in s["metrics"]):
-        cells = [
-            {k: note(show(v)) for k, v in r.items() if not isinstance(v, (list, dict))}
-            | {
-                f"{p['prefix']}: {k}": show(p[k])
-                for p in r.get("prefixes", ())
-                for k in ("width", "l0", "fvu", "ce_loss_score")
-            }
-            for r in (s["metrics"].get(metric, {}) for s in report["saes"])
-        ]
-        rows += [
-            [f"-- {metric}"],
-            *(
-                [k, *(c.get(k, "-") for c in cells)]
-                for k in dict.fromkeys(k for c in cells for k in c)
-            ),
-        ]
-    lines = [f"[{i}] {words}" for i, words in enumerate(notes, 1)]
-    for run, trainings in report["stability"].items():
-        lines += [
-            f"-- stability of {run}",
-            *(
-                f"core after training {r['cycle']}: {r['core']} latents, {r['kept']} kept, {r['new']} new, "
-                f"{r['dropped']} dropped; Jaccard {r['jaccard']:.2f}; by birth {r['origins']}; by votes {r['votes']}"
-                for r in trainings
-            ),
-        ]
-    for pair, sets in report["agreement"].items():
-        lines += [
-            f"-- one-to-one partners, {pair}",
-            *(
-                f"{name}, {s['n'][0]} and {s['n'][1]}: "
-                + "; ".join(
-                    f"{of} {s[of]['above_0.7']} above 0.7, {s[of]['above_0.9']} above 0.9"
-                    for of in ("encoder", "decoder")
-                )
-                for name, s in sets.items()
-            ),
-        ]
-    return rows, lines
+def drops(X, A, W_dec, test, probes, effect):
+    """{n: (P,)} what each probe loses of its accuracy on test (P, 2, m) where the n latents of the
+    largest effect (F,) are zeroed on every token, the SAE's error kept: X then moves by -A W_dec of
+    these. As SAEBench does, of all latents of any effect: a large n takes negative ones too."""
+    order = effect.topk(min(max(ABLATED), int((effect != 0).sum()))).indices
+    before, lost = accuracy(X, test, probes), {}
+    for n in ABLATED:
+        gone = order[:n]
+        towards = probes[:, :-1] @ W_dec[gone].T  # (P, n)
+        change = -torch.einsum("pymn,pn->pym", A[test[..., None], gone], towards)
+        lost[n] = before - accuracy(X, test, probes, change)
+    return lost
 
 
 @torch.no_grad()
-def core_cards(model, layer, tokenizer, text, ids, sae, core, most=200, n=4, window=10):
-    """HTML of a Core's `most` latents of highest score: facts, the 8 tokens that the decoder row raises most through final norm and
-    unembedding, and the n contexts of ids (R, ctx) where it fires most, shaded by activation."""
-    total, core, acts, cards = (
-        core.score.sum(),
-        replace(
-            core,
-            **{
-                name: t[core.score.argsort(descending=True)[:most]]
-                for name, t in vars(core).items()
-            },
-        ),
-        [],
-        [],
-    )
-    a, index = tokenizer("a", add_special_tokens=False)["input_ids"], core.index.to(model.device)
-    words = lambda ids: [
-        html.escape(t[len(tokenizer.decode(a)) :].replace("\n", "↵"))
-        for t in tokenizer.batch_decode([[*a, i] for i in ids.tolist()])
-    ]
-    for b in progress("page", ids.to(model.device).split(max(1, 4096 // ids.shape[1]))):
-        keep, f = text.keep(b), torch.zeros(*b.shape, len(index), device=model.device)
-        f[keep] = sae.encode(residual_stream(model, layer, b)[keep].float(), int(index.max()) + 1)[
-            :, index
-        ]
-        acts.append(f.cpu())
-    acts, W_U = torch.cat(acts), model.get_output_embeddings().weight  # (R, T, C), (V, D)
-    norm = next(
-        (m for name, m in model.base_model.named_children() if "norm" in name or name == "ln_f"),
-        torch.nn.Identity(),
-    )
-    for i, latent in enumerate(index.tolist()):
-        (peak, where), raised = (
-            acts[..., i].max(1),
-            words((W_U @ norm(sae.W_dec[latent].to(W_U))).topk(8).indices),
-        )  # (R,), (R,)
-        cards.append(
-            f"<hr><article><h3>{i + 1}. latent {latent}</h3><small>on {core.density[i]:.2%} of tokens; {core.score[i] / total:.2%} of the core's attribution; "
-            f"votes {core.votes[i]}; born in training {core.birth[i, 0]}</small><p>raises "
-            + "".join(f"<kbd>{t}</kbd>" for t in raised)
+def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
+    """Targeted probe perturbation: mean over classes, then over seeds, each with its own split and
+    probes. X (n, D) and A (n, F) of `pooled`, labels (n,), W_dec (F, D)
+
+    tpp_threshold_N_total_metric: intended less unintended; higher is better
+    tpp_threshold_N_intended: accuracy that a class's probe loses without the class's N latents
+    tpp_threshold_N_unintended: what the other classes' probes lose then
+    probe_accuracy: before any ablation
+    """
+    rows = []
+    for seed in bar(seeds, "tpp"):
+        parts = []
+        for part in zip(*one_vs_rest(labels, seed), strict=True):
+            least = min(task.shape[1] for task in part)
+            parts.append(torch.stack([task[:, :least] for task in part]).to(X.device))
+        train, test = parts  # (P, 2, m) each
+        probes = train_probes(X, train, test, seed)
+        gap = (A[train[:, 0]].mean(1) - A[train[:, 1]].mean(1)).clamp_min(0)  # (P, F)
+        effects = gap * (probes[:, :-1] @ W_dec.T)
+        lost = [drops(X, A, W_dec, test, probes, effect) for effect in effects]
+        row = dict(seed=seed, probe_accuracy=accuracy(X, test, probes).mean().item())
+        for n in ABLATED:
+            drop = torch.stack([of_class[n] for of_class in lost])  # (latents of P, probes of P)
+            own = drop.diagonal().mean().item()
+            others = drop[~torch.eye(len(drop), dtype=torch.bool)].mean().item()
+            row[f"tpp_threshold_{n}_total_metric"] = own - others
+            row[f"tpp_threshold_{n}_intended"] = own
+            row[f"tpp_threshold_{n}_unintended"] = others
+        rows.append(row)
+    return mean_of(rows, list(rows[0])[1:]) | dict(seeds=len(rows), details=rows)
+
+
+def scr_cells(labels, spurious, most=4):
+    """The class pairs with the most texts of either spurious value, at least 20: [(pair, [[texts of
+    class and value]])], 2 x 2 arrays of indices each. CannotRun"""
+    if spurious is None:
+        raise CannotRun("it needs a third column, for example --columns text label gender")
+    values, pairs = sorted(set(spurious)), []
+    if len(values) != 2:
+        raise CannotRun(f"the spurious column has {len(values)} values; two are needed")
+    for pair in itertools.combinations(sorted(set(labels)), 2):
+        cells = [[np.flatnonzero((labels == c) & (spurious == v)) for v in values] for c in pair]
+        size = min(len(cell) for row in cells for cell in row)
+        if size >= 20:
+            pairs.append((size, pair, cells))
+    if not pairs:
+        raise CannotRun("no two classes have 20 texts with either value of the spurious label")
+    pairs.sort(key=lambda p: -p[0])
+    return [(pair, cells) for _, pair, cells in pairs[:most]]
+
+
+def scr_tasks(texts):
+    """Indices of texts (2 classes, 2 values, n) -> (3, 2, m): class a against b, value u against v,
+    both balanced, and a with u against b with v."""
+    h = texts.shape[2] // 2
+    by_class = texts[..., :h].flatten(1)
+    by_value = texts.transpose(0, 1)[..., :h].flatten(1)
+    biased = torch.stack([texts[0, 0], texts[1, 1]])[:, : 2 * h]
+    return torch.stack([by_class, by_value, biased])
+
+
+@torch.no_grad()
+def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
+    """Spurious correlation removal: a biased probe learns class a against b where a always has the
+    spurious value u, and b has v; an oracle learns on balanced texts. Direction 1 asks the biased
+    probe for the class without the spurious label's N latents, direction 2 for the spurious label
+    without the class's. Mean over class pairs, then over seeds. X (n, D), A (n, F) of `pooled`,
+    labels, spurious (n,), W_dec (F, D). CannotRun
+
+    scr_metric_threshold_N: the direction of lower biased accuracy, none in a tie; 1 is best
+    scr_dirN_threshold_N: share of the way from biased to oracle accuracy; 0 where it is below .001
+    """
+    cases, rows = scr_cells(labels, spurious), []
+    for seed, (pair, cells) in bar(list(itertools.product(seeds, cases)), "scr"):
+        rng, n = np.random.default_rng(seed), min(len(cell) for row in cells for cell in row)
+        texts = torch.tensor(np.array([[rng.permutation(c)[:n] for c in row] for row in cells]))
+        parts = texts.to(X.device).split([int(0.8 * n), n - int(0.8 * n)], 2)
+        train, test = map(scr_tasks, parts)
+        probes = train_probes(X, train, test, seed)
+        test, biased = test[:2], probes[[2, 2]]  # asked for the class, and for the spurious label
+        at_best, at_first = accuracy(X, test, probes[:2]), accuracy(X, test, biased)  # (2,)
+        row = dict(seed=seed, pair=pair, test=test[0].numel())
+        row |= dict(biased_accuracy=at_first.tolist(), oracle_accuracy=at_best.tolist())
+        gap = A[train[:2, 0]].mean(1) - A[train[:2, 1]].mean(1)  # (2, F)
+        effects = (gap * (probes[:2, :-1] @ W_dec.T)).abs()
+        for i, room in enumerate((at_best - at_first).tolist()):
+            for n, lost in drops(X, A, W_dec, test, biased, effects[1 - i]).items():
+                gain = -lost[i].item() / room if room >= 0.001 else 0.0
+                row[f"scr_dir{i + 1}_threshold_{n}"] = gain
+        lower = 1 + int(at_first.argmin()) if at_first[0] != at_first[1] else None
+        for n in ABLATED:
+            row[f"scr_metric_threshold_{n}"] = row.get(f"scr_dir{lower}_threshold_{n}")
+        rows.append(row)
+    keys = [key for key in rows[0] if key.startswith("scr")]
+    means = [mean_of([row for row in rows if row["seed"] == seed], keys) for seed in seeds]
+    return mean_of(means, keys) | dict(seeds=len(means), pairs=len(cases), details=rows)
+
+
+# -------------------------------------------------------------------------------------------------
+# RAVEL: do a few latents carry one attribute of an entity, and no other?
+# -------------------------------------------------------------------------------------------------
+# A question: its tokens, the position of the entity's last one, the first token of the answer
+# (ours; SAEBench: the text of six), the attribute asked for, and all that is known of the entity
+Prompt = namedtuple("Prompt", "ids at answer asked facts")
+
+
+def ravel_prompts(tokenizer, facts):
+    """Prompts from {"entities": {"Paris": {"country": "France"}}, "templates": {"country":
+    ["{entity} is in"]}}. Entity, prompt and answer must each end where a token ends."""
+    prompts = []
+
+    def encode(string):
+        ids = tokenizer(string, add_special_tokens=False)["input_ids"]
+        return [special_tokens(tokenizer)[0], *ids]
+
+    for asked, templates in facts["templates"].items():
+        known = [(e, about) for e, about in facts["entities"].items() if asked in about]
+        for template, (entity, about) in itertools.product(templates, known):
+            text = template.replace("{entity}", entity)
+            head = encode(template.split("{entity}")[0] + entity)
+            ids, answered = encode(text), encode(f"{text} {about[asked]}")
+            if ids[: len(head)] == head and answered[: len(ids)] == ids != answered:
+                prompts.append(Prompt(ids, len(head) - 1, answered[len(ids)], asked, about))
+    return prompts
+
+
+def ravel_pairs(prompts, known, attribute, most, rng):
+    """Pairs (base, source) of prompts that the model knows, known (n,) bool -> (pairs, 2), by
+    turns: base asks for the attribute, which shall change; for another one, which shall not. The
+    two entities differ in the attribute."""
+    value = np.array([str(p.facts.get(attribute)) for p in prompts])
+    answer = np.array([p.answer for p in prompts])
+    own = np.array([p.asked == attribute for p in prompts])
+    fits = (value[:, None] != value) & known[:, None] & (known & own)
+    fits &= ~own[:, None] | (answer[:, None] != answer)  # else a change could not be seen
+    pairs = np.argwhere(fits)
+    halves = [rng.permutation(pairs[own[pairs[:, 0]] == about]) for about in (True, False)]
+    m = min(most // 2, *map(len, halves))
+    return torch.from_numpy(np.stack([half[:m] for half in halves], 1).reshape(-1, 2))
+
+
+@torch.enable_grad()
+def train_mask(swap, pairs, expect, n_latents, rng):
+    """The latents (F,) bool whose swap gives the expected answers: swap(pairs, mask) are logits,
+    the mask is sigmoid(b / T) with T from 1 to 1e-4, in 2 epochs of Adam at 1e-3, batches of 32
+    (ours); then b > 0."""
+    b = torch.zeros(n_latents, device=expect.device, requires_grad=True)
+    adam = torch.optim.Adam([b], lr=1e-3)
+    epochs = [torch.from_numpy(rng.permutation(len(pairs))) for _ in range(2)]
+    steps = [part for epoch in epochs for part in epoch.split(32)]
+    for part, T in zip(bar(steps, "ravel"), np.geomspace(1, 1e-4, len(steps)), strict=True):
+        loss = F.cross_entropy(swap(pairs[part], torch.sigmoid(b / T)), expect[part])
+        (b.grad,) = torch.autograd.grad(loss, b)  # the model and the SAE get none
+        adam.step()
+    return b.detach() > 0
+
+
+@torch.no_grad()
+def ravel(model, layer, sae, prompts, most=5000, seed=0):
+    """RAVEL (Huang et al. 2024, arXiv 2402.17700) by a learnt mask: at the entity's last token the
+    masked latents of a base prompt take their values in a source prompt, without error term. At
+    most `most` pairs an attribute, 70 % of them to train the mask. CannotRun
+
+    disentanglement_score: mean of cause and isolation; higher is better
+    cause_score: share of pairs about the attribute that then give the source's answer
+    isolation_score: share of pairs about other attributes that keep their own
+    latents: how many are swapped, mean over attributes
+    """
+    if not prompts:
+        raise CannotRun("it needs facts whose words end where tokens end: --ravel FILE.json")
+    rng, rows = np.random.default_rng(seed), []
+    ids = padded([p.ids for p in prompts], model.device)
+    at, last, answer = torch.tensor([(p.at, len(p.ids) - 1, p.answer) for p in prompts]).T
+    answer = answer.to(model.device)
+    x = residuals_at(model, layer, [p.ids for p in prompts], at)  # (n, D)
+
+    def ask(which, edit):  # -> logits of the next token (b, V)
+        logits = edited_logits(model, layer, ids[which], edit)
+        return logits[torch.arange(len(which)), last[which]].float()
+
+    def swap(pairs, mask):
+        base, source = pairs.T
+        f_base, f_source = sae.encode(x[base]), sae.encode(x[source])  # (b, F)
+        new = sae.decode(f_base + mask * (f_source - f_base))
+        where = torch.arange(len(pairs)), at[base]
+        return ask(base, lambda h: h.index_put(where, new.to(h.dtype)))
+
+    parts = torch.arange(len(ids)).split(64)
+    first = torch.cat([ask(part, lambda h: h).argmax(1) for part in parts])
+    known = (first == answer).cpu().numpy()
+    for attribute in dict.fromkeys(p.asked for p in prompts):
+        pairs = ravel_pairs(prompts, known, attribute, most, rng)
+        if len(pairs) >= 20:
+            about = torch.arange(len(pairs)) % 2 == 0
+            expect = answer[torch.where(about, pairs[:, 1], pairs[:, 0])]
+            n = int(0.7 * len(pairs))
+            mask = train_mask(swap, pairs[:n], expect[:n], len(sae.W_enc), rng)
+            answers = torch.cat([swap(part, mask).argmax(1) for part in pairs[n:].split(64)])
+            hit = (answers == expect[n:]).cpu().double()
+            cause, isolation = (hit[about[n:] == side].mean().item() for side in (True, False))
+            row = dict(attribute=attribute, disentanglement_score=(cause + isolation) / 2)
+            row |= dict(cause_score=cause, isolation_score=isolation, latents=int(mask.sum()))
+            rows.append(row | dict(train_pairs=n, test_pairs=len(hit)))
+    if not rows:
+        few = "too few of two attributes with different answers, or --tokens too few"
+        raise CannotRun(f"the model answers {known.sum()} of {len(known)} prompts: {few}")
+    out = mean_of(rows, list(rows[0])[1:5])
+    return out | dict(prompts=len(known), prompts_known=int(known.sum()), details=rows)
+
+
+# -------------------------------------------------------------------------------------------------
+# Stability: is the core of a run still the core a training later, and that of another run?
+# -------------------------------------------------------------------------------------------------
+def cycles(run):
+    """The SAE folders of a run folder, in order; none where it is no run."""
+    folders = [path.parent for path in Path(run).glob("cycle*/cfg.json")]
+    return sorted((f for f in folders if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
+
+
+def is_trained(folder):
+    """Whether an SAE folder is a training of a run."""
+    return folder in cycles(folder.parent) and (folder / "core.safetensors").exists()
+
+
+def stability(run):
+    """For each training of a run its row of dmsae.py's table, and how its core overlaps with that
+    before. Exact: a core's rows are frozen, so an identity needs no matching. BadInput
+
+    core: latents of the core chosen after the training
+    kept, dropped: those of the core before that were chosen again, and that were not
+    new: those chosen for the first time
+    jaccard: kept over all in either core; 1 is the same core
+    identity_overlap: share of the core before that was kept
+    """
+    rows = []
+    for folder in cycles(run):
+        row = read_cfg(folder)["result"]
+        core, _ = load_core(folder / "core.safetensors")
+        row["votes"] = dict(sorted(Counter(core.votes.tolist()).items()))
+        row["jaccard"] = row["kept"] / (row["core"] + row["dropped"])
+        row["identity_overlap"] = row["kept"] / max(1, row["kept"] + row["dropped"])
+        rows.append(row)
+    return rows
+
+
+def training_row(folder):
+    """Of an SAE folder, its row of `stability`, in numbers. CannotRun"""
+    if not is_trained(folder):
+        raise CannotRun("the SAE is in no run folder of dmsae.py")
+    row = stability(folder.parent)[cycles(folder.parent).index(folder)]
+    return {k: row[k] for k in ("core", "kept", "new", "dropped", "jaccard", "identity_overlap")}
+
+
+def assignment(cost):
+    """The column of each row, one to one, of least total cost: (n, m), n <= m, -> (n,). Exact, by
+    shortest augmenting paths (Jonker & Volgenant 1987): of n rows each at most n vector operations.
+    """
+    n, m = cost.shape
+    row_price, column_price = np.zeros(n), np.zeros(m + 1)
+    row_of = np.full(m + 1, -1)  # of each column; column m is where a path begins
+    for row in range(n):
+        row_of[m], column = row, m
+        seen, previous = np.zeros(m + 1, bool), np.full(m + 1, m)
+        slack = np.full(m + 1, np.inf)
+        while row_of[column] >= 0:  # until a column is free
+            seen[column] = True
+            reduced = cost[row_of[column]] - row_price[row_of[column]] - column_price[:m]
+            closer = np.flatnonzero(~seen[:m] & (reduced < slack[:m]))
+            slack[closer], previous[closer] = reduced[closer], column
+            column = np.where(seen, np.inf, slack).argmin()
+            step = slack[column]
+            row_price[row_of[seen]] += step
+            column_price[seen] -= step
+            slack[~seen] -= step
+        while column != m:  # shift the partners along the path
+            row_of[column] = row_of[previous[column]]
+            column = previous[column]
+    taken = np.flatnonzero(row_of[:m] >= 0)
+    return taken[row_of[taken].argsort()]
+
+
+def matched_cosines(a, b):
+    """Cosines of the one-to-one matching of a (n, D) and b (m, D) of the largest sum: (min(n, m),).
+    Their mean is PW-MCC (Song et al. 2025, arXiv 2505.20254). Ours: signed, as a latent is on in
+    one direction only; of sets of unequal size the smaller is matched."""
+    cosine = (F.normalize(a) @ F.normalize(b).T).double().cpu().numpy()
+    cosine = cosine if len(a) <= len(b) else cosine.T
+    return cosine[np.arange(len(cosine)), assignment(-cosine)]
+
+
+def agreement(run_a, run_b, seed=0):
+    """Whether the last SAEs of two runs have the same features: {set: PW-MCC of encoder and decoder
+    rows} of the cores, of as many latents drawn from prefix 0, and of prefix 0, core included; and
+    beside each, as _random, that of as many random directions and the second run's rows. why: a
+    figure of stability means nothing without these two baselines. BadInput"""
+    rng, sides, out = dmsae.generator(seed, "agreement"), [], {}
+    for folder in cycles(run_a)[-1], cycles(run_b)[-1]:
+        sae, (core, _) = load_sae(folder), load_core(folder / "core.safetensors")
+        prefix = torch.arange(sae.widths[0])
+        drawn = torch.randperm(len(prefix), generator=rng)[: len(core.index)]
+        sets = {"core": core.index, "drawn from prefix 0": drawn, "prefix 0": prefix}
+        rows = torch.stack([sae.W_enc, sae.W_dec]).detach()  # (2, F, D)
+        sides.append({name: rows[:, index] for name, index in sets.items()})
+    for name, rows in sides[0].items():
+        others = sides[1][name]
+        out[name] = dict(n=[rows.shape[1], others.shape[1]])
+        for kind, a, b in zip(("encoder", "decoder"), rows, others, strict=True):
+            out[name][kind] = float(matched_cosines(a, b).mean())
+            noise = torch.randn(a.shape, generator=rng)
+            out[name][f"{kind}_random"] = float(matched_cosines(noise, b).mean())
+    return out
+
+
+# -------------------------------------------------------------------------------------------------
+# The table
+# -------------------------------------------------------------------------------------------------
+FIRST = """
+L0 | core | l0 | lower
+core L0 | core | core_l0 | lower
+FVU | core | fvu | lower
+CE recovered | core | ce_loss_score | higher
+alive | core | frac_alive | higher
+core size | stability | core | lower
+kept | stability | kept | higher
+probing, 1 latent | probing | sae_top_1_test_accuracy | higher
+TPP, 20 latents | tpp | tpp_threshold_20_total_metric | higher
+SCR, 20 latents | scr | scr_metric_threshold_20 | higher
+RAVEL | ravel | disentanglement_score | higher
+"""
+
+
+def short(folder):
+    return "/".join(Path(folder).parts[-2:])
+
+
+def headline(report):
+    """[(name, key, better, figures of the SAEs)] of the first eight of FIRST that ran."""
+    rows = []
+    for name, kind, key, better in (line.split(" | ") for line in FIRST.strip().splitlines()):
+        values = []
+        for sae in report["saes"]:
+            ran = [m for metric, m in sae["metrics"].items() if metric.split()[0] == kind]
+            values.append(next((m[key] for m in ran if key in m), None))
+        if any(value is not None for value in values):
+            rows.append((name, key, better, values))
+    return rows[:8]
+
+
+def every_figure(report):
+    """(metric, key, figures of the SAEs) of all that is one number or word."""
+    saes = [sae["metrics"] for sae in report["saes"]]
+    for metric in dict.fromkeys(name for metrics in saes for name in metrics):
+        of_each = [metrics.get(metric, {}) for metrics in saes]
+        for key in dict.fromkeys(key for figures in of_each for key in figures):
+            values = [figures.get(key) for figures in of_each]
+            if not any(isinstance(value, (list, dict)) for value in values):
+                yield metric, key, values
+
+
+def show(value):
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def table(report, everything=False):
+    """Lines for the terminal."""
+    rows = [("", *(short(sae["folder"]) for sae in report["saes"]))]
+    rows += [(name, *map(show, values)) for name, _, _, values in headline(report)]
+    if everything or len(rows) == 1:
+        rows += [(f"{m}: {key}", *map(show, values)) for m, key, values in every_figure(report)]
+    left, right = max(len(row[0]) for row in rows), max(14, *map(len, rows[0]))
+    for name, *cells in rows:
+        yield name.ljust(left) + "".join(f"  {cell:>{right}}" for cell in cells)
+    reasons = {}
+    for sae, (metric, figures) in ((s, m) for s in report["saes"] for m in s["metrics"].items()):
+        if "cannot_run" in figures:
+            names = reasons.setdefault(figures["cannot_run"], ({}, {}))
+            names[0][metric] = names[1][short(sae["folder"])] = None  # each once, in order
+    for why, names in reasons.items():
+        metrics, folders = map(", ".join, names)
+        yield f"{metrics} of {folders} cannot run: {why}"
+    for pair, sets in report["agreement"].items():
+        for name, row in sets.items():
+            beside = "{n}: decoder {decoder:.3f}, random directions {decoder_random:.3f}"
+            yield f"PW-MCC of {pair}, {name} {beside.format(**row)}"
+
+
+# -------------------------------------------------------------------------------------------------
+# The page: one file without network, which draws the report and the core's latents
+# -------------------------------------------------------------------------------------------------
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>dmsae</title>
+<meta name=viewport content="width=device-width,initial-scale=1"><style>
+body{font:16px/1.5 system-ui,sans-serif;margin:auto;max-width:68em;padding:1em;color:#222}
+h1{font-size:1.4em}h2{margin-top:2em}small{color:#666}a{color:inherit}
+td{padding:.1em .8em .1em 0;vertical-align:top}
+.bar{display:block;height:.5em;max-width:8em;background:#4477aa}
+.grid{display:grid;gap:1.5em;grid-template-columns:repeat(auto-fill,minmax(min(19em,100%),1fr))}
+figure{margin:0}svg{width:100%}text{font-size:11px;fill:#444;text-anchor:middle}
+.key{display:inline-block;margin-right:1em}
+.key i{background:currentColor;margin-right:.4em;padding:0 .4em}
+article{border:1px solid #ddd;border-radius:.5em;padding:.7em;overflow-wrap:anywhere}
+article h3{margin:0}article p{font:.8em/1.6 monospace;margin:.5em 0;white-space:pre-wrap}
+kbd{background:#eee;border-radius:.3em;padding:0 .3em;margin-right:.3em;white-space:pre}
+:target{outline:3px solid #ccbb44}[hidden]{display:none}
+details{overflow-x:auto}details td{font-size:.85em}</style>
+<h1></h1><p id=about></p><table id=first><tr><td><td>plain SAE<td>last SAE<td>difference</table>
+<h2>The run</h2><div id=charts class=grid></div>
+<h2>The core's features</h2><input id=find placeholder="filter, such as a token"> by
+<select id=by><option>attribution<option>density<option>birth</select><p>
+<div id=cards class=grid></div><h2>All figures</h2><div id=all></div>
+<script type="application/json" id=data>DATA</script><script>
+const colours = "#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377 #bbbbbb".split(" ")
+const at = id => document.getElementById(id), data = JSON.parse(at("data").textContent)
+
+function add(parent, tag, text = "", attributes = {}) {  // text is never read as HTML
+  const svg = "http://www.w3.org/2000/svg"
+  const element = document.createElementNS(tag == "svg" ? svg : parent.namespaceURI, tag)
+  for (const name in attributes) element.setAttribute(name, attributes[name])
+  element.textContent = text
+  return parent.appendChild(element)
+}
+function show(v, digits = 4) {
+  return typeof v != "number" ? v ?? "-" : Number.isInteger(v) ? v : +v.toPrecision(digits)
+}
+
+function says(key) {
+  const name = key.replace(/_std$/, "")
+  return data.says[name] ?? data.says[name.replace(/\\d+/g, "N")] ?? ""
+}
+
+function ticks(low, high) {
+  const unit = 10 ** Math.floor(Math.log10(high - low)), out = []
+  const step = [0.2, 0.5, 1, 2].map(s => s * unit).find(s => (high - low) / s <= 5)
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9; i++) out.push(i * step)
+  return out
+}
+
+// series: {name: [[x, y], ...]}; bars stand one on the other
+function chart(title, xName, yName, series, bars = false) {
+  const figure = add(at("charts"), "figure"), points = Object.values(series).flat()
+  add(figure, "b", title)
+  add(figure, "div", yName, {style: "font-size:.8em;color:#666"})
+  const svg = add(figure, "svg", "", {viewBox: "0 0 320 225"}), floor = {}
+  const xs = [...new Set(points.map(p => p[0]))].sort((a, b) => a - b)
+  const gap = xs.length > 1 ? Math.min(...xs.slice(1).map((x, i) => x - xs[i])) / 2 : 0.5
+  const left = xs[0] - gap, width = xs.at(-1) + gap - left, ys = points.map(p => p[1])
+  const sums = xs.map(x => points.filter(p => p[0] == x).reduce((sum, p) => sum + p[1], 0))
+  const bottom = bars ? 0 : Math.min(...ys), top = Math.max(...(bars ? sums : ys))
+  const height = top - bottom || 1
+  const across = x => 52 + 260 * (x - left) / width, down = y => 185 - 170 * (y - bottom) / height
+  for (const y of ticks(bottom, bottom + height)) {
+    add(svg, "path", "", {d: `M52 ${down(y)}H312`, stroke: "#ddd"})
+    add(svg, "text", show(y), {x: 26, y: down(y) + 4})
+  }
+  for (const x of ticks(left, left + width)) add(svg, "text", show(x), {x: across(x), y: 202})
+  add(svg, "text", xName, {x: 182, y: 220})
+  Object.entries(series).forEach(([name, points], i) => {
+    const colour = colours[i % 7], key = add(figure, "span", "", {class: "key"})
+    add(key, "i", "", {style: `color:${colour}`})
+    add(key, "small", name)
+    const path = points.map(([x, y]) => `${across(x)},${down(y)}`).join(" ")
+    if (!bars) add(svg, "polyline", "", {points: path, fill: "none", stroke: colour})
+    for (const [x, y] of points) {
+      const y0 = floor[x] ?? 0, box = {x: across(x - gap / 2), y: down(y0 + y), fill: colour}
+      const size = {width: 260 * gap / width, height: 170 * y / height}
+      const r = points.length < 20 ? 4 : 1
+      const shape = bars ? add(svg, "rect", "", {...box, ...size}) :
+        add(svg, "circle", "", {cx: across(x), cy: down(y), r, fill: colour})
+      add(shape, "title", `${name}: ${xName} ${show(x)}, ${yName} ${show(y)}`)
+      if (bars) floor[x] = y0 + y
+    }
+  })
+}
+
+at("about").textContent = data.about
+document.querySelector("h1").textContent = data.title
+for (const [name, key, better, values] of data.first) {
+  const row = add(at("first"), "tr", "", {title: `${says(key)}; ${better} is better`})
+  const [a, b] = values, most = Math.max(a ?? 0, b ?? 0) || 1
+  add(row, "td", name)
+  for (const v of values.slice(0, 2)) {
+    const style = `width:${20 * (v ?? 0) / most}vmin`
+    add(add(row, "td", show(v)), "i", "", {class: "bar", style})
+  }
+  add(row, "td", a == null || b == null ? "" : (b < a ? "" : "+") + show(b - a, 3))
+}
+const rows = data.rows, of = value => rows.map((row, t) => [t, value(row)])
+if (rows.length) {
+  const births = Object.keys(Object.assign({}, ...rows.map(row => row.origins)))
+  const born = births.map(b => [`born in ${b}`, of(row => row.origins[b] ?? 0)])
+  const fvu = rows[0].fvu.map((_, g) => [`prefix ${g}`, of(row => row.fvu[g])])
+  const ce = rows.map((row, t) => [`training ${t}`, [[row.l0, row.ce_recovered]]])
+  const l0 = {core: of(row => row.core_l0), rest: of(row => row.l0 - row.core_l0)}
+  chart("The core, and who was born when", "training", "latents", Object.fromEntries(born), true)
+  chart("FVU by prefix", "training", "FVU, lower is better", Object.fromEntries(fvu))
+  chart("Loss recovered", "L0", "CE recovered, up is better", Object.fromEntries(ce))
+  chart("L0, core and rest", "training", "latents on at a token", l0, true)
+}
+if (data.share.length) {
+  const curve = data.share.map((y, i) => [i + 1, y]), line = [[1, 0.9], [curve.length, 0.9]]
+  const half = d => Math.floor(2 * Math.log10(d)) / 2  // in half decades
+  const bins = [...new Set([...data.core, ...data.others].map(half))]
+  const count = all => bins.map(b => [b, all.filter(d => half(d) == b).length])
+  const often = {core: count(data.core), "rest of prefix 0": count(data.others)}
+  chart("Attribution of the first latents", "latents", "share of all", {curve, "90 %": line})
+  chart("How often latents fire", "log10 of share of tokens", "latents", often, true)
+}
+const cards = data.latents.map(latent => {
+  const card = add(at("cards"), "article", "", {id: `latent-${latent.index}`})
+  add(add(card, "h3"), "a", `latent ${latent.index}`, {href: `#${card.id}`})
+  const [share, often] = [latent.attribution, latent.density].map(v => show(100 * v) + " %")
+  add(card, "small", `${share} of the core's attribution; on at ${often} of tokens; ` +
+    `born in training ${latent.birth}; votes ${latent.votes}`)
+  const raises = add(card, "p", "raises ")
+  for (const token of latent.raises) add(raises, "kbd", token)
+  for (const context of latent.contexts) {
+    const line = add(card, "p")
+    for (const [token, shade] of context)
+      add(line, "span", token, {style: `background:rgba(238,102,119,${shade})`})
+  }
+  return Object.assign(card, {latent})
+})
+at("find").oninput = at("by").onchange = () => {
+  const by = at("by").value, sign = by == "birth" ? 1 : -1, words = at("find").value.toLowerCase()
+  cards.sort((a, b) => sign * (a.latent[by] - b.latent[by]))
+  for (const card of cards) card.hidden = !card.textContent.toLowerCase().includes(words)
+  at("cards").append(...cards)
+}
+let metric, table
+for (const [name, key, values] of data.all) {
+  if (name != metric) {
+    const folded = add(at("all"), "details")
+    add(folded, "summary", metric = name)
+    table = add(folded, "table")
+  }
+  const row = add(table, "tr")
+  for (const cell of [key, ...values.map(v => show(v)), says(key)]) add(row, "td", cell)
+}
+if (location.hash) location.hash = location.hash  // the card is here only now
+</script></html>
+"""
+
+
+@torch.no_grad()
+def raised_tokens(model, rows, n=8):
+    """The n tokens that directions rows (C, D) raise most: (C, n). The model itself goes from its
+    last layer to logits: a final norm or projection has another name in every model."""
+    last = model.config.get_text_config().num_hidden_layers - 1
+    ids = torch.zeros(len(rows), 1, dtype=torch.long, device=model.device)
+    logits = edited_logits(model, last, ids, lambda h: rows[:, None].to(h))
+    return logits[:, 0].topk(n).indices
+
+
+def core_latents(tokenizer, core, ids, acts, raised):
+    """Facts of each latent of a Core, most important first: the tokens that it raises (C, n), and
+    the four contexts of ids (R, T) in which it fires most, with its activation acts (R, T, C)."""
+    first = tokenizer("a", add_special_tokens=False)["input_ids"]  # after it no space is lost
+
+    def words(ids):
+        decoded = tokenizer.batch_decode([[*first, i] for i in ids.tolist()])
+        return [text[len(tokenizer.decode(first)) :].replace("\n", "↵") for text in decoded]
+
+    for c in core.score.argsort(descending=True)[:200].tolist():
+        peak, where = acts[:, :, c].max(1)  # (R,)
+        contexts = []
+        for r in peak.argsort(descending=True)[:4].tolist():
+            near = slice(max(0, int(where[r]) - 10), int(where[r]) + 11)
+            shades = (acts[r, near, c] / peak.max()).tolist()
+            if peak[r] > 0:
+                contexts.append(list(zip(words(ids[r, near]), shades, strict=True)))
+        yield dict(
+            index=int(core.index[c]),
+            attribution=float(core.score[c] / core.score.sum()),
+            density=float(core.density[c]),
+            birth=int(core.birth[c, 0]),
+            votes=int(core.votes[c]),
+            raises=words(raised[c]),
+            contexts=contexts,
         )
-        for r in (r for r in peak.topk(min(n, len(peak))).indices if peak[r] > 0):
-            s = slice(max(0, where[r] - window), where[r] + window + 1)
-            cards.append(
-                "<p>"
-                + "".join(
-                    f'<span style="background:rgba(238,102,119,{v:.2f})">{t}</span>'
-                    for t, v in zip(words(ids[r, s]), acts[r, s, i] / peak.max())
-                )
-            )
-    return "".join(cards)
 
 
-COLOURS = (
-    "#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377 #bbbbbb #000000".split() * 99
-)  # Paul Tol's bright scheme
-HEAD = """<meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>dmsae</title><style>td{padding:0 .5em}td+td{text-align:right}
-body{font:16px/1.5 system-ui,sans-serif;margin:auto;max-width:60em;padding:1em;overflow-wrap:anywhere}figure{margin:0;flex:1 1 18em;max-width:30em}svg{width:100%}
-.charts,.bar{display:flex}.charts{flex-wrap:wrap;gap:1em}article p{font:.85em monospace;white-space:pre-wrap}kbd{background:#eee;margin:.4em}i{padding:0 .4em}</style>"""
-
-
-def chart(title, series, bars=False):
-    """Named series over trainings 0, 1, ... as HTML: lines in an inline SVG, or a stacked bar for each training."""
-    low, high, rows = (
-        min(map(min, series.values())),
-        max(map(max, series.values())),
-        list(zip(*series.values())),
-    )
-    X, Y = (
-        lambda t: 45 + 265 * (t + 0.5) / len(rows),
-        lambda v: 150 - 135 * (v - low) / (high - low or 1),
-    )
-    bar = lambda row: "".join(
-        f'<span style="background:{c};width:{80 * v / max(1, *map(sum, rows))}%"></span>'
-        for v, c in zip(row, COLOURS)
-    )
-    marks = [
-        f'<path d="M45 {Y(v)}H310" stroke="#ddd"/><text x="40" y="{Y(v) + 4}" text-anchor="end">{v:.3g}</text>'
-        for v in {low, high}
-    ]
-    marks += [f'<text x="{X(t)}" y="168">{t}</text>' for t in range(len(rows))]
-    line = lambda s: (
-        "M" + "L".join(f"{X(t)} {Y(v)}" for t, v in enumerate(s)) + "h.01"
-    )  # h.01: a single point is a dot
-    marks += [
-        f'<path fill="none" stroke="{c}" stroke-width="3" stroke-linecap="round" d="{line(s)}"/>'
-        for s, c in zip(series.values(), COLOURS)
-    ]
-    body = (
-        "".join(
-            f"<div class=bar>{t}&ensp;{bar(row)}&ensp;{sum(row)}</div>"
-            for t, row in enumerate(rows)
-        )
-        if bars
-        else f'<svg viewBox="0 0 320 175" font-size="11" fill="#444">{"".join(marks)}</svg>'
-    )
-    legend = "".join(
-        f' <i style="background:{c}"></i> {html.escape(name)}' for name, c in zip(series, COLOURS)
-    )
-    return f"<figure><b>{html.escape(title)}</b>{body}<figcaption>by training: {legend}</figcaption></figure>"
-
-
-def page(report, cards):
-    """The report as one HTML page that needs nothing else: no script, no network. cards: {title: core_cards(...)}"""
-    e, (rows, lines) = html.escape, table(report)
-    out = [
-        f"<h1>{e(report['model'])}, layer {report['layer']}</h1><p>{e(report['text'])}<table>",
-        *("<tr>" + "".join(f"<td>{e(c)}" for c in r) for r in rows),
-        "</table>",
-        *(f"<p>{e(line)}" for line in lines),
-    ]
-    for run, trainings in report["stability"].items():
-        sizes, fvu, ce, origins = (
-            [r[key] for r in trainings] for key in ("core", "fvu", "ce_recovered", "origins")
-        )
-        born = {
-            f"born in {b}": [o.get(b, 0) for o in origins]
-            for b in sorted({b for o in origins for b in o}, key=int)
-        }
-        out += [
-            f"<h2>{e(run)}</h2><div class=charts>",
-            chart("core size", {"latents": sizes}),
-            chart("cross-entropy recovered", {"whole SAE": ce}),
-            chart("FVU by prefix", {f"prefix {j}": v for j, v in enumerate(zip(*fvu))}),
-            chart("the core by birth", born, bars=True),
-            "</div>",
-        ]
-    return "\n".join(
-        [
-            f"<!doctype html><html lang=en>{HEAD}",
-            *out,
-            *(f"<h2>{e(title)}</h2>{latents}" for title, latents in cards.items()),
-            "</html>\n",
-        ]
+@torch.no_grad()
+def core_page(model, tokenizer, ids, keep, subject):
+    """Of (folder, Config, SAE) what the page shows of its core: facts of the latents, attribution's
+    cumulative share over its candidates, densities of the core and of the other candidates."""
+    folder, cfg, sae = subject
+    core, acts = load_core(folder / "core.safetensors")[0], []
+    for row in bar(ids.to(model.device), "page"):
+        x = residual_stream(model, cfg.layer, row[None])[0].float()
+        acts.append(sae.encode(x)[:, core.index].cpu())
+    acts = torch.stack(acts) * keep[..., None]
+    raised = raised_tokens(model, sae.W_dec[core.index])
+    with torch.enable_grad():
+        score, density = dmsae.attribute(model, cfg.layer, ids, keep, sae)
+    share = score.sort(descending=True).values.cumsum(0) / score.sum()
+    density = density.clamp_min(1e-6)
+    others = torch.ones_like(density, dtype=torch.bool).index_fill(0, core.index, False)
+    return dict(
+        latents=list(core_latents(tokenizer, core, ids, acts, raised)),
+        share=share.tolist(),
+        core=density[~others].tolist(),
+        others=density[others].tolist(),
     )
 
 
-# ---- The command line --------------------------------------------------------------------------------------------------
-METRICS, GIVEN = (
-    "core absorption probing tpp scr ravel stability".split(),
-    "model text dataset text_column separator ctx device".split(),
-)
+def page(report, of_core):
+    """The report, and what `core_page` gives (or a dict of empty lists), as HTML."""
+    told = prefix_figures, latent_figures, core_metrics, absorption, sparse_probing, tpp, scr
+    docs = "".join(function.__doc__ for function in (*told, ravel, stability))
+    lines = re.findall(r"^ +([\w, ]+): (.+)$", docs, re.M)  # what each figure says
+    says = {name: text for names, text in lines for name in names.split(", ")}
+    run, rows = next(iter(report["stability"].items()), ("", []))
+    about = f"Measured on {report['text']}."
+    if rows:
+        words = dict(rows[-1], run=run, k=report["k"], cycles=len(rows) - 1)
+        about = f"{SENTENCE.format(**words, plain=rows[0]['ce_recovered'])} {about}"
+    data = dict(title=f"{report['model']}, layer {report['layer']}", about=about, says=says)
+    data |= dict(first=headline(report), all=list(every_figure(report)), rows=rows) | of_core
+    return PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c"))
+
+
+NO_CORE = dict(latents=[], share=[], core=[], others=[])
+SENTENCE = """{run}: k {k}, {tokens:,} tokens a training. After {cycles} cycles the core has {core}
+latents, {kept} of them kept from the training before. Of {l0:.1f} latents on at a token
+{core_l0:.1f} are the core's. Loss recovered is {ce_recovered:.4f}, without a core {plain:.4f}."""
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line
+# -------------------------------------------------------------------------------------------------
+METRICS = "core absorption probing tpp scr ravel stability".split()
+FLAGS = "model text dataset text_column separator ctx device".split()  # those of dmsae.py
 
 
 def parse(argv=None):
-    """Command line -> argparse's namespace. One line and exit code 2 on words that cannot be read; BadInput."""
-    p = argparse.ArgumentParser(
-        "eval.py", description="SAEBench's metrics for dmsae's SAEs.", allow_abbrev=False
-    )
-    p.error, add = (
-        lambda message: p.exit(2, f"eval: {message}; python eval.py --help shows all flags\n"),
-        p.add_argument,
-    )
-    add(
-        "folders",
-        nargs="+",
-        type=Path,
-        help="run folders (of each, its plain SAE and its last) or SAE folders",
-    )
-    add(
-        "--only",
-        nargs="+",
-        choices=METRICS,
-        default=METRICS,
-        metavar="NAME",
-        help="some of " + ", ".join(METRICS),
-    )
-    add(
-        "--tokens",
-        type=int,
-        default=1_000_000,
-        help="at most about so many through the model for a metric of an SAE (default 1_000_000)",
-    )
-    add(
-        "--labelled",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help=".csv or .jsonl for probing, tpp and scr, in place of hub datasets",
-    )
-    add(
-        "--columns",
-        nargs="+",
-        default=["text", "label"],
-        metavar="NAME",
-        help="of --labelled: text, label and, for scr, spurious label",
-    )
-    add("--ravel", metavar="FILE", help="JSON of entities and attributes; the README shows one")
-    add(
-        "--min-letters",
-        type=int,
-        default=20,
-        help="first letters that the model must spell for absorption (default 20)",
-    )
-    add("--seed", type=int, default=0, help="seed of everything random (default 0)")
-    add(
-        "--seeds",
-        type=int,
-        default=3,
-        help="how many seeds, from --seed on, tpp and scr are averaged over (default 3)",
-    )
-    add(
-        "--html",
-        action="store_true",
-        help="write a page with charts, and a card for each core latent (at most 200), beside the JSON",
-    )
-    add(
-        "--out",
-        type=Path,
-        help="JSON file (default: eval.json in the first folder); nothing is overwritten",
-    )
-    for f in (f for f in fields(Config) if f.name in GIVEN):
-        add(
-            "--" + f.name.replace("_", "-"),
-            type=f.type,
-            help=f"in place of the SAE's own: {f.metadata['help']}",
-        )
-    args = p.parse_args(argv)
-    for name in "tokens", "seeds", "min_letters":
-        need(
-            getattr(args, name) > 0,
-            f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or above, for example {p.get_default(name)}",
-        )
+    """Command line -> argparse's namespace; what cannot be read ends with one line. BadInput"""
+    parser = argparse.ArgumentParser("eval.py", allow_abbrev=False)
+    parser.error = lambda why: parser.exit(2, f"eval: {why}; --help shows all flags\n")
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, help="run folders (first and last SAE) or SAE folders")
+    add("--only", nargs="+", choices=METRICS, default=METRICS, help="some of the metrics")
+    add("--tokens", type=int, default=1_000_000, help="at most, for a metric (%(default)s)")
+    add("--labelled", nargs="+", default=[], help=".csv or .jsonl files, for probing, tpp and scr")
+    names = "of --labelled: text, label and, for scr, a spurious label (%(default)s)"
+    add("--columns", nargs="+", default=["text", "label"], help=names)
+    add("--ravel", help="JSON file of entities and attributes, see `ravel_prompts`")
+    add("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
+    add("--seeds", type=int, default=3, help="how many, from --seed on, for tpp and scr")
+    add("--all", action="store_true", help="print every figure; the JSON always has them")
+    add("--html", action="store_true", help="also write a page with charts and the core's latents")
+    add("--out", type=Path, help="JSON file (FOLDER/eval.json); nothing is overwritten")
+    for f in fields(Config):
+        if f.name in FLAGS:
+            flag = "--" + f.name.replace("_", "-")
+            add(flag, type=f.type, help="as in dmsae.py, in place of the SAE's own")
+    args = parser.parse_args(argv)
+    if min(args.tokens, args.seeds) < 1 or not 2 <= len(args.columns) <= 3:
+        given = f"--tokens {args.tokens} --seeds {args.seeds} --columns {' '.join(args.columns)}"
+        raise BadInput(f"{given}: must be 1 or above, 1 or above, and two or three names")
     return args
 
 
-def config_of(folder, given):
-    """The Config that an SAE was trained with, or as much of it as its cfg.json says, with the changes `given`. BadInput."""
-    try:
-        meta = json.loads((folder / "cfg.json").read_text())["metadata"]
-        known = dict(
-            meta,
-            model=meta.get("model_name"),
-            ctx=meta.get("context_size"),
-            dataset=meta.get("dataset_path"),
-            layer=int(re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", meta["hook_name"])[1]),
-        ) | meta.get("config", {})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise BadInput(
-            f"{folder}: is neither a run folder (cycle0, ...) nor the folder of an SAE of blocks.N.hook_resid_post ({e!r})"
-        ) from None
-    known |= (
-        dict(device="auto", demo=False, core=None)
-        | ({"text": None, "separator": None} if {"text", "dataset"} & given.keys() else {})
-        | given
-    )
-    need(
-        known["model"],
-        f"{folder}: does not name its language model; give it, for example --model google/gemma-2-2b",
-    )
-    return Config(
-        **{f.name: known[f.name] for f in fields(Config) if known.get(f.name) is not None}
-        | dict(compile=False)
-    )
-
-
 def read_facts(path):
-    """Entities and templates for ravel. BadInput."""
-    try:
+    """Facts as `ravel_prompts` takes them. BadInput"""
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
         facts = json.loads(Path(path).read_text())
-        need(
-            all(t.count("{entity}") == 1 for ts in facts["templates"].values() for t in ts)
-            and all(
-                isinstance(a, str) for known in facts["entities"].values() for a in known.values()
-            ),
-            "",
-        )
-        return facts
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(
-            f'--ravel {path}: must be like {{"entities": {{"Paris": {{"country": "France"}}}}, '
-            '"templates": {"country": ["{entity} is in"]}}, with {entity} once in a template'
-        ) from None
+        strings = [a for known in facts["entities"].values() for a in known.values()]
+        templates = [t for templates in facts["templates"].values() for t in templates]
+        once = all(t.count("{entity}") == 1 for t in templates)
+        if once and all(isinstance(a, str) for a in strings):
+            return facts
+    like = '{"entities": {"Paris": {"country": "France"}}, '
+    like += '"templates": {"country": ["{entity} is in"]}}'
+    raise BadInput(f"--ravel {path}: must be like {like}")
+
+
+def read_cfg(folder):
+    """An SAE's cfg.json, its metadata among the rest, wherever a version of SAELens put them.
+    BadInput"""
+    try:
+        cfg = json.loads((folder / "cfg.json").read_text())
+        return cfg | (cfg.get("metadata") or {})
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        what = "is neither a run folder nor, by its cfg.json, that of an SAE"
+        raise BadInput(f"{folder}: {what} ({e!r})") from None
+
+
+def config_of(folder, given):
+    """The Config that an SAE was trained with, as far as its cfg.json says, changed by the dict
+    `given`. BadInput"""
+    cfg = read_cfg(folder)
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", str(cfg.get("hook_name")))
+    if not hook:
+        what = f"its hook_name is {cfg.get('hook_name')}, not blocks.N.hook_resid_post"
+        raise BadInput(f"{folder}: {what}")
+    known = dict(model=cfg.get("model_name"), ctx=cfg.get("context_size"))
+    known |= dict(dataset=cfg.get("dataset_path"), layer=int(hook[1]) - (hook[2] == "pre"))
+    known |= cfg.get("config") or {}
+    for name in "model", "text":  # a relative path began where dmsae.py was started
+        places = [base / str(known.get(name)) for base in (Path(), *folder.resolve().parents)]
+        known[name] = next((str(p) for p in places if p.exists()), known.get(name))
+    if {"text", "dataset"} & given.keys():
+        known |= dict(text=None, separator=None)
+    known |= dict(device="auto") | given
+    if not known["model"]:
+        raise BadInput(f"{folder}: names no language model: --model google/gemma-2-2b, for example")
+    names = {*FLAGS, *"layer k batch tokens attribution_tokens".split()}
+    return Config(**{k: v for k, v in known.items() if k in names and v is not None})
+
+
+def unit_rows(sae):
+    """The same function with decoder rows of unit norm, in place."""
+    norm = sae.requires_grad_(False).W_dec.norm(dim=1).clamp_min(1e-8)
+    sae.W_dec.div_(norm[:, None])
+    sae.W_enc.mul_(norm[:, None])
+    for gate in sae.b_enc, sae.threshold:
+        gate.mul_(norm)
+    return sae
+
+
+def load(args):
+    """[(folder, Config, SAE)], the Config to read text with, and the run folder whose held-out text
+    it is, or None. BadInput"""
+    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    folders = []
+    for folder in args.folders:
+        trained = cycles(folder) or [folder]
+        folders += dict.fromkeys([trained[0], trained[-1]])
+    configs = [config_of(folder, given) for folder in folders]
+    cfg, home = configs[0], folders[0].parent
+    if given.keys() <= {"device"} and (home / "tokens.bin").exists():
+        cfg = replace(cfg, text=None, separator=None, dataset=f"{home}/tokens.bin")
+    else:
+        cfg, home = replace(cfg, tokens=max(cfg.batch, args.tokens), attribution_tokens=1), None
+    dmsae.check(cfg)
+    saes = [unit_rows(load_sae(folder, cfg.device)) for folder in folders]
+    return list(zip(folders, configs, saes, strict=True)), cfg, home
+
+
+def open_model(subjects, cfg):
+    """The language model and its tokenizer, if they are those of all (folder, Config, SAE).
+    BadInput"""
+    model, tokenizer = dmsae.load_model(cfg)
+    lm = model.config.get_text_config()
+    there = f"{cfg.model} has {lm.num_hidden_layers} layers, width {lm.hidden_size}"
+    for folder, c, sae in subjects:
+        here = c.model, sae.W_enc.shape[1]
+        if here != (cfg.model, lm.hidden_size) or c.layer >= lm.num_hidden_layers:
+            raise BadInput(f"{folder}: is of {here[0]}, layer {c.layer}, width {here[1]}; {there}")
+    return model, tokenizer
+
+
+def open_text(args, cfg, tokenizer, home):
+    """The contexts to measure on, ids and keep, and a line that says what they are. BadInput"""
+    with tempfile.TemporaryDirectory() as scratch:
+        text = dmsae.open_text(cfg, tokenizer, home or scratch)
+        most = text.n_eval if home else len(text.rows)
+        ids, keep = text.contexts(slice(min(most, max(1, args.tokens // cfg.ctx))))
+    source = f"held out by {home}" if home else f"the first of {cfg.text or cfg.dataset}"
+    return ids, keep, f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}"
+
+
+def free_path(args):
+    """Where the JSON goes. BadInput"""
+    path = (args.out or args.folders[0] / "eval").with_suffix(".json")
+    names = [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(2, 1000))]
+    path = next(p for p in names if not (p.exists() or p.with_suffix(".html").exists()))
+    if not os.access(path.parent, os.W_OK):
+        raise BadInput(f"--out {path}: must be in a folder that exists and can be written")
+    return path
+
+
+def no_labels():
+    raise CannotRun("it needs labelled texts: --labelled FILE.csv with columns text and label")
+
+
+# All that is measured on: contexts ids, keep (R, T); {file: texts, labels, spurious}; prompts
+Data = namedtuple("Data", "ids keep texts prompts")
+
+
+def measures(args, model, tokenizer, data, subject):
+    """(name, function without arguments) of each metric on subject (folder, Config, SAE)."""
+    folder, cfg, sae = subject
+    at, seed = (model, cfg.layer), args.seed
+    yield "core", partial(core_metrics, *at, data.ids, data.keep, sae)
+    n_words = max(100, args.tokens // 120)  # of about 100 tokens, and a fifth is read twice
+    yield "absorption", partial(absorption, *at, tokenizer, sae, n_words, seed)
+    kinds, seeds = ("probing", "tpp", "scr"), range(seed, seed + args.seeds)
+    yield from ((kind, no_labels) for kind in kinds if not data.texts)
+    for file, (texts, labels, spurious) in data.texts.items() if {*kinds} & {*args.only} else ():
+        X, A = pooled(*at, tokenizer, sae, texts, min(128, data.ids.shape[1]))
+        yield f"probing {file}", partial(sparse_probing, X, A, labels, seed)
+        yield f"tpp {file}", partial(tpp, X, A, labels, sae.W_dec, seeds)
+        yield f"scr {file}", partial(scr, X, A, labels, spurious, sae.W_dec, seeds)
+    pair = 1.7 * max((len(p.ids) for p in data.prompts), default=1)  # is read 2 x .7 + .3 times
+    pair *= len({p.asked for p in data.prompts}) or 1
+    most = min(5000, int(args.tokens / pair))
+    yield "ravel", partial(ravel, *at, sae, data.prompts, most, seed)
+    yield "stability", partial(training_row, folder)
 
 
 def run(args):
-    """Evaluate folders, print the table, write the JSON (after each metric) and the page."""
-    given, facts = (
-        {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None},
-        args.ravel and read_facts(args.ravel),
-    )
-    folders = [
-        f
-        for folder in args.folders
-        for f in dict.fromkeys([*cycles(folder)[:1], *cycles(folder)[-1:]] or [folder])
-    ]
-    configs, home = [config_of(f, given) for f in folders], folders[0].parent
-    cfg, own = configs[0], not given.keys() - {"device"} and (home / "tokens.bin").exists()
-    source = (
-        f"held out by {home}"
-        if own
-        else f"the first of {cfg.text or cfg.dataset}, which the SAE may have been trained on"
-    )
-    cfg = (
-        replace(cfg, text=None, separator=None, dataset=Config.dataset)
-        if own
-        else replace(cfg, tokens=max(cfg.batch, args.tokens), attribution_tokens=1)
-    )
-    check(cfg)
-    longest, saes = (
-        getattr(lm := model_config(cfg), "max_position_embeddings", cfg.ctx),
-        [load_sae(f, cfg.device) for f in folders],
-    )
-    for folder, sae, c in zip(folders, saes, configs):
-        need(
-            (sae.W_enc.shape[1], c.model) == (lm.hidden_size, cfg.model)
-            and c.layer < lm.num_hidden_layers
-            and cfg.ctx <= longest,
-            f"{folder}: {c.model}, layer "
-            f"{c.layer}, width {sae.W_enc.shape[1]}, --ctx {cfg.ctx}: {cfg.model} has {lm.num_hidden_layers} layers, width {lm.hidden_size}, --ctx up to {longest}",
-        )
-        n = (
-            sae.requires_grad_(False).W_dec.norm(dim=1).clamp_min(1e-8)
-        )  # unit decoder rows: the same function, but activations that compare
-        for t, factor in (sae.W_dec.T, 1 / n), (sae.W_enc.T, n), (sae.b_enc, n), (sae.threshold, n):
-            t.mul_(factor)
-    out = (args.out or args.folders[0] / "eval").with_suffix(".json")
-    path = next(
-        p
-        for p in (out, *(out.with_stem(f"{out.stem}-{i}") for i in range(2, 10**6)))
-        if not (p.exists() or p.with_suffix(".html").exists())
-    )
-    need(
-        os.access(path.parent, os.W_OK),
-        f"--out {path}: must be in a folder that exists and can be written, for example --out eval.json",
-    )
-    sources, texts, cards = {path: (args.columns, None) for path in args.labelled} or HUB, {}, {}
-    for name in sources if {"probing", "tpp", "scr"} & set(args.only) else ():
-        try:
-            texts[name] = labelled(name, *sources[name], args.tokens // 128, args.seed)
-        except CannotRun as why:
-            texts[name] = why
-    runs = list(
-        dict.fromkeys(
-            f.parent
-            for f in folders
-            if f in cycles(f.parent)
-            and (f / "core.safetensors").exists()
-            and "stability" in args.only
-        )
-    )
-    from transformers import AutoTokenizer
+    """Load, measure, print, write."""
+    subjects, cfg, home = load(args)
+    path, runs = free_path(args), []
+    words = args.columns, args.tokens // 128, args.seed
+    texts = {file: labelled(read_rows(file), *words) for file in args.labelled}
+    facts = read_facts(args.ravel) if args.ravel else dict(entities={}, templates={})
+    model, tokenizer = open_model(subjects, cfg)
+    ids, keep, about = open_text(args, cfg, tokenizer, home)
+    data = Data(ids, keep, texts, ravel_prompts(tokenizer, facts))
 
-    tokenizer, model = AutoTokenizer.from_pretrained(cfg.model), load_model(cfg)
-    text = open_text(
-        cfg,
-        tokenizer,
-        home if own else Path((tmp := tempfile.TemporaryDirectory()).name),
-        lambda: None,
-    )
-    ids = text.contexts(
-        slice(min(text.n_eval if own else len(text.rows), max(1, args.tokens // cfg.ctx)))
-    )
-    report = dict(
-        model=cfg.model,
-        layer=cfg.layer,
-        seed=args.seed,
-        text=f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}",
-        arguments={k: str(v) for k, v in vars(args).items()},
-        stability={str(r): stability(r) for r in runs},
-        agreement={f"{a} and {b}": agreement(a, b, args.seed) for a, b in combinations(runs, 2)},
-        saes=[dict(folder=str(f), layer=c.layer, metrics={}) for f, c in zip(folders, configs)],
-    )
-    seeds, spelling = (
-        range(args.seed, args.seed + args.seeds),
-        cache(lambda layer: letter_task(model, layer, tokenizer, text.bos, args.tokens, args.seed)),
-    )
-    for folder, entry, sae, c in zip(folders, report["saes"], saes, configs):
-        where, pool = (
-            (model, c.layer),
-            cache(
-                lambda name: (
-                    need(not isinstance(texts[name], CannotRun), texts[name], CannotRun)
-                    or pooled(
-                        model, c.layer, tokenizer, text, sae, texts[name][0], min(128, longest)
-                    )
-                )
-            ),
-        )
-        row = dict(zip(cycles(folder.parent), report["stability"].get(str(folder.parent), ()))).get(
-            folder
-        )
-        actions = dict(
-            core=lambda: core_metrics(*where, text, ids, sae),
-            stability=lambda: (
-                need(row, "the SAE is in no run folder of dmsae.py", CannotRun)
-                or {
-                    k: row[k]
-                    for k in ("core", "kept", "new", "dropped", "jaccard", "identity_overlap")
-                }
-            ),
-            absorption=lambda: absorption(
-                spelling(c.layer), sae, min_letters=args.min_letters, seed=args.seed
-            ),
-            ravel=lambda: ravel(*where, tokenizer, text, sae, facts, args.tokens, args.seed),
-        )
-        for name in texts:
-            actions |= {
-                f"probing {name}": lambda name=name: sparse_probing(
-                    *pool(name), texts[name][1], args.seed
-                ),
-                f"tpp {name}": lambda name=name: tpp(*pool(name), texts[name][1], sae.W_dec, seeds),
-                f"scr {name}": lambda name=name: scr(
-                    *pool(name), *texts[name][1:], sae.W_dec, seeds
-                ),
-            }
-        for metric, action in actions.items():
-            if metric.split()[0] in args.only:
+    report = dict(model=cfg.model, layer=cfg.layer, k=cfg.k, seed=args.seed, text=about, saes=[])
+    report["arguments"] = {name: str(value) for name, value in vars(args).items()}
+    if "stability" in args.only:
+        runs = list(dict.fromkeys(f.parent for f, _, _ in subjects if is_trained(f)))
+    report["stability"] = {str(run): stability(run) for run in runs}
+    pairs = itertools.combinations(runs, 2)
+    report["agreement"] = {f"{a} and {b}": agreement(a, b, args.seed) for a, b in pairs}
+    for subject in subjects:
+        figures = {}
+        report["saes"].append(dict(folder=str(subject[0]), layer=subject[1].layer, metrics=figures))
+        for name, metric in measures(args, model, tokenizer, data, subject):
+            if name.split()[0] in args.only:
                 try:
-                    entry["metrics"][metric] = action()
+                    figures[name] = metric()
                 except CannotRun as why:
-                    entry["metrics"][metric] = dict(cannot_run=str(why))
-                write_text(json.dumps(report, indent=1, default=float), path)
-        if args.html and (folder / "core.safetensors").exists():
-            cards[f"core after {folder}"] = core_cards(
-                *where, tokenizer, text, ids, sae, load_core(folder / "core.safetensors")[0]
-            )
+                    figures[name] = dict(cannot_run=str(why))
+                dmsae.write_json(report, path)
+    print(*table(report, args.all), f"written: {path}", sep="\n")
     if args.html:
-        write_text(page(report, cards), path.with_suffix(".html"))
-    rows, lines = table(report)
-    width = [max(len(r[i]) for r in rows if i < len(r)) for i in range(len(rows[0]))]
-    print(
-        *(
-            "  ".join(
-                [r[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(r[1:], width[1:]))]
-            ).rstrip()
-            for r in rows
-        ),
-        *lines,
-        f"written: {path}" + f" and {path.with_suffix('.html')}" * args.html,
-        sep="\n",
-    )
+        mine = [s for s in subjects if is_trained(s[0]) and s[0].parent == subjects[0][0].parent]
+        of_core = core_page(model, tokenizer, ids, keep, mine[-1]) if mine else NO_CORE
+        with dmsae.written_whole(path.with_suffix(".html")) as part:
+            part.write_text(page(report, of_core))
 
 
 if __name__ == "__main__":
-    sys.exit(main(name="eval", work=lambda argv: run(parse(argv))))
+    sys.exit(dmsae.main(name="eval", work=lambda argv: run(parse(argv))))
