@@ -60,7 +60,7 @@ class Config:
     dataset: str = "JeanKaddour/minipile"  # hub dataset, streamed; its train split is read
     text: str = None  # local .txt, .jsonl or .parquet file, in place of --dataset
     text_column: str = "text"  # column that holds the text
-    separator: str = None  # string between the documents of a .txt file
+    separator: str = None  # string that splits each document further
     ctx: int = 1024  # context length in tokens, BOS included
     d_sae: int = 65536  # number of latents, core included
     k: int = 64  # active latents per token (L0), on average over a batch
@@ -228,7 +228,7 @@ def open_text(cfg, tokenizer, folder):
     path, width = Path(f"{folder}/tokens.bin"), cfg.ctx - 1
     n_eval, n_attribution = math.ceil(131072 / width), math.ceil(cfg.attribution_tokens / width)
     if not path.exists():
-        limit = int(1.02 * cfg.tokens) + (n_eval + n_attribution) * width  # 2 %: special tokens
+        limit = int(1.02 * cfg.tokens) + (n_eval + n_attribution) * width  # 2 %: lost by block
         tokenize(documents(cfg), tokenizer, special[0], limit, path)
     n = path.stat().st_size // 4 // width
     if n < 3:
@@ -252,13 +252,12 @@ def load_model(cfg):
             words["attn_implementation"] = "eager"  # SDPA silently drops Gemma-2's soft-capping
         last, longest = lm.num_hidden_layers - 1, getattr(lm, "max_position_embeddings", cfg.ctx)
         if cfg.layer > last or cfg.ctx > longest:
-            raise BadInput(f"--layer {cfg.layer}, --ctx {cfg.ctx}: at most {last} and {longest}")
+            raise BadInput(f"--layer {cfg.layer} --ctx {cfg.ctx}: at most {last} and {longest}")
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         model = AutoModelForCausalLM.from_pretrained(cfg.model, **words)
     except Exception as e:  # not there, gated, cut, of another kind, or without a tokenizer
-        url = f"https://huggingface.co/{cfg.model}"
-        gated = f"accept the licence on {url}, then run `hf auth login`. " * ("google/" in url)
-        raise BadInput(f"--model {cfg.model}: {e}. {gated}--demo needs no download") from None
+        advice = "; try --demo, or accept its licence on huggingface.co and run `hf auth login`"
+        raise BadInput(f"--model {cfg.model}: {e}" + advice * isinstance(e, OSError)) from None
     return model.to(cfg.device).eval().requires_grad_(False), tokenizer
 
 
@@ -416,7 +415,7 @@ class MatryoshkaSAE(nn.Module):
         Exempt latents take what they need. The others share what is left of B*k, at least B*floor,
         so that the *total* L0 stays k wherever the core leaves room (our reading)."""
         B, E = len(pre), self.n_exempt
-        for share in (0.95, 0.7, 0.0):  # a guess spares sorting B x F numbers; 0 takes them all
+        for share in (0.95, 0.7, 0.0):  # a guess spares sorting B x F; 0 takes all positive
             bound = self.threshold.clone()
             bound[E:] = share * bound[E:].amax().clamp_min(0)
             row, col = (pre > bound).nonzero(as_tuple=True)
@@ -433,7 +432,7 @@ class MatryoshkaSAE(nn.Module):
 
     @torch.no_grad()
     def update_threshold(self, cut, step):
-        """Average the cut over the last tenth of the steps, at most 100 (our choice)."""
+        """Average the cut over a tenth of the steps so far, at most 100 (our choice)."""
         self.threshold[self.n_exempt :].lerp_(cut, min(1, max(0.01, 10 / (step + 1))))
 
     @torch.no_grad()
@@ -467,7 +466,7 @@ def loss_and_grad(sae, x, k, floor=1, dead=()):
     value = EncodeAt.apply(sae.W_enc, sae.b_enc, sae.b_dec, x, acts)
     x_hats = nested_decode(acts._replace(value=value), sae.W_dec, sae.b_dec, sae.edges, len(x))
     loss = nested_loss(x, x_hats)
-    if len(dead):  # of these, rows alone: else there were more F x D gradients
+    if len(dead):  # rows of these alone: spares a second set of F x D grads
         pre_dead = pre[:, dead].requires_grad_()
         W_dead = sae.W_dec.detach()[dead].requires_grad_()
         aux = dead_latent_loss(x - x_hats[:, -1].detach(), pre_dead, W_dead)
@@ -484,7 +483,7 @@ def loss_and_grad(sae, x, k, floor=1, dead=()):
 
 @torch.no_grad()
 def update(sae, adam, lr):
-    """One optimiser step that leaves the core's rows frozen and decoder rows of unit norm."""
+    """One optimiser step: the core's encoder rows stay; decoder rows keep unit norm."""
     sae.W_enc.grad[: sae.n_core] = 0  # Adam then leaves these rows as they are, bit by bit
     g, W = sae.W_dec.grad, sae.W_dec
     # why: along a unit row the gradient works against the norm alone, and fills Adam's moments
@@ -506,14 +505,13 @@ def average(tensors):
 
 def activations(run, ids, keep):
     """Activations (tokens, D) of contexts ids where keep (R, T): harvested, or from --cache."""
-    cfg = run.cfg
-    if not cfg.cache:
-        return harvest(run.model, cfg.layer, ids, keep)
+    if not run.cfg.cache:
+        return harvest(run.model, run.cfg.layer, ids, keep)
     key = f"{zlib.crc32(repr(run.fingerprint).encode()):08x}{zlib.crc32(ids.numpy()):08x}"
-    path = Path(f"{cfg.cache}/layer{cfg.layer}-{key}.safetensors")
+    path = Path(f"{run.cfg.cache}/layer{run.cfg.layer}-{key}.safetensors")
     if not path.exists():
-        save_tensors({"acts": harvest(run.model, cfg.layer, ids, keep)}, path)
-    return load_tensors(path)[0]["acts"].to(cfg.device)
+        save_tensors({"acts": harvest(run.model, run.cfg.layer, ids, keep)}, path)
+    return load_tensors(path)[0]["acts"].to(run.cfg.device)
 
 
 def batches(run, training, block=0, start=0):
@@ -543,7 +541,7 @@ def new_sae(cfg, core, x, scale, training):
     proved it among new neighbours. By cfg.core_sparsity, a core latent is on
     dynamic  (the paper) where its pre-activation is above 0; the others share what is left of k
     exempt   (its first version) the same, but the others share k
-    gated    (ours) where it would have been at birth, as its gate travels too; else as dynamic
+    gated    (ours) above its gate, set as at birth (b_enc then trains on); else as dynamic
     compete  where BatchTopK keeps it, like any other latent"""
     C = len(core.W_enc)
     n_exempt = 0 if cfg.core_sparsity == "compete" else C
@@ -561,8 +559,7 @@ def new_sae(cfg, core, x, scale, training):
 
 def learning_rate(step, steps, peak):
     """Warm-up over 1000 steps (a short run: a tenth), constant, linear to 0 in the last fifth."""
-    warmup = min(1000, max(1, steps // 10))
-    return peak * min(1, (step + 1) / warmup, (steps - step) / (0.2 * steps))
+    return peak * min(1, (step + 1) / min(1000, max(1, steps // 10)), 5 * (steps - step) / steps)
 
 
 def train(run, core, k, training, label):
@@ -676,9 +673,9 @@ class Core:
     threshold: torch.Tensor = torch.zeros(0)  # (C,) at birth, for raw activations
     birth: torch.Tensor = torch.zeros(0, 2).long()  # (C, 2) training, index in its SAE: identity
     votes: torch.Tensor = torch.zeros(0).long()  # (C,) how many trainings selected it
-    score: torch.Tensor = torch.zeros(0)  # (C,) at the last selection; and of then
+    score: torch.Tensor = torch.zeros(0)  # (C,) attribution, at the last selection
     density: torch.Tensor = torch.zeros(0)  # (C,) the share of tokens on which it was on
-    index: torch.Tensor = torch.zeros(0).long()  # (C,) its place in the SAE
+    index: torch.Tensor = torch.zeros(0).long()  # (C,) its row in that SAE
 
 
 @torch.no_grad()
@@ -728,7 +725,7 @@ def load_tensors(path, kind=dict):
             tensors = kind(**{name: f.get_tensor(name) for name in f.keys()})
             return tensors, json.loads(f.metadata()["dmsae"])
     except Exception as e:  # safetensors has its own, and a foreign header can hold anything
-        raise BadInput(f"{path}: is damaged or foreign ({e}); delete or replace it") from None
+        raise BadInput(f"{path}: is damaged or foreign: move it away ({e})") from None
 
 
 def load_core(path):
@@ -804,8 +801,8 @@ def build_demo(folder, steps=3000):
 
 # ---- The distillation cycles --------------------------------------------------------------------
 def prepare(cfg, model, tokenizer):
-    """What all trainings share. scale: the SAE is trained on scale * x, where mean ||x||^2 = D;
-    ce_original, ce_zero: held-out loss, nats a token, as it is and with the layer zeroed;
+    """What all trainings share. scale: the SAE is trained on scale * x, of mean variance 1;
+    ce_original, ce_zero: held-out loss, nats a token, as it is; layer zeroed, BOS too;
     fingerprint (D,): the layer's output at one token. BadInput where OUT holds another run."""
     out, old, new = Path(cfg.out), {}, json.loads(json.dumps(asdict(cfg)))
     for name in "device out checkpoint_minutes cycles transfer_k cache".split():
@@ -826,14 +823,15 @@ def prepare(cfg, model, tokenizer):
         some = text.block(0, math.ceil(65536 / cfg.ctx), cfg.seed)  # 65,536 tokens: our choice
         x = harvest(model, cfg.layer, *some).float()
         new["measured"] = dict(
-            scale=math.sqrt(x.shape[1] / x.pow(2).sum(1).mean().item()),
+            scale=1 / x.var(0).mean().sqrt().item(),  # about the mean
             ce_original=mean_loss(model, cfg.layer, ids, keep, lambda x: x),
             ce_zero=mean_loss(model, cfg.layer, ids, keep | True, torch.zeros_like),
             fingerprint=fingerprint,
         )
         write_json(old := new, out / "config.json")
-    change = math.dist(fingerprint, old["measured"]["fingerprint"])
-    if change > 0.05 * math.hypot(*fingerprint):  # another GPU's rounding passes
+    other = old["measured"]["fingerprint"]
+    far = len(other) != len(fingerprint) or math.dist(other, fingerprint) / math.hypot(*other)
+    if not far < 0.05:  # another GPU's rounding passes
         raise BadInput(f"--out {out}: holds a run of another model of the name {cfg.model}")
     return SimpleNamespace(cfg=cfg, model=model, text=text, **old["measured"])
 
@@ -882,7 +880,7 @@ def distil(cfg):
     out, rows = Path(cfg.out), []
     if RANK > 0:
         dist.barrier()  # process 0 prepares, the others find its files
-    if cfg.demo and not Path(cfg.model).exists():
+    if cfg.model == f"{cfg.out}/model" and not Path(cfg.model).exists():
         build_demo(Path(cfg.model))
     print(f"dmsae | {cfg.model} layer {cfg.layer} | {WORLD} x {cfg.device} | {out}", flush=True)
     model, tokenizer = load_model(cfg)
