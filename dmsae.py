@@ -55,6 +55,8 @@ class BadInput(ValueError):
 
 @dataclass
 class Config:
+    """All settings. The comment behind a field is the help of its flag."""
+
     model: str = "google/gemma-2-2b"  # hub name or folder of any AutoModelForCausalLM
     layer: int = 12  # read and replace the output of this decoder layer, counted from 0
     dataset: str = "JeanKaddour/minipile"  # hub dataset, streamed; its train split is read
