@@ -450,12 +450,10 @@ def nested_loss(x, x_hats):
     return F.mse_loss(x_hats, x[:, None].expand_as(x_hats))
 
 
-def dead_latent_loss(residual, pre, W_dec):
-    """AuxK (Gao et al. 2024): the D/2 most active of d dead latents, of pre-activations pre (B, d)
-    and rows W_dec (d, D), reconstruct the residual (B, D); squared error over its variance."""
-    n = min(residual.shape[1] // 2, len(W_dec))
-    least = pre.detach().topk(n, sorted=False).values.amin(1, keepdim=True).clamp_min(1e-30)
-    error = (pre * (pre >= least)) @ W_dec - residual
+def dead_latent_loss(residual, acts, W_dec):
+    """AuxK (Gao et al. 2024): squared error of the residual's reconstruction by dead latents alone,
+    over the residual's variance. residual (B, D), acts (B, d), W_dec (d, D)"""
+    error = acts @ W_dec - residual
     return error.pow(2).sum() / (residual - residual.mean(0)).pow(2).sum()
 
 
@@ -469,15 +467,19 @@ def loss_and_grad(sae, x, k, floor=1, dead=()):
     x_hats = nested_decode(acts._replace(value=value), sae.W_dec, sae.b_dec, sae.edges, len(x))
     loss = nested_loss(x, x_hats)
     if len(dead):  # rows of these alone: spares a second set of F x D grads
-        pre_dead = pre[:, dead].requires_grad_()
+        acts_dead = pre.index_select(1, dead)  # (B, d), of which a token keeps the D/2 largest
+        top = acts_dead.topk(min(x.shape[1] // 2, len(dead)), sorted=False).values
+        off = acts_dead < top.amin(1, True).clamp_min(1e-30)
+        acts_dead.masked_fill_(off, 0).requires_grad_()
         W_dead = sae.W_dec.detach()[dead].requires_grad_()
-        aux = dead_latent_loss(x - x_hats[:, -1].detach(), pre_dead, W_dead)
+        aux = dead_latent_loss(x - x_hats[:, -1].detach(), acts_dead, W_dead)
         loss = loss + aux / 32  # Gao et al. 2024
     loss.backward()
     if len(dead):
-        g_b_enc = pre_dead.grad.sum(0)
+        g_pre = acts_dead.grad.masked_fill_(off, 0)
+        g_b_enc = g_pre.sum(0)
         sae.W_dec.grad.index_add_(0, dead, W_dead.grad)
-        sae.W_enc.grad.index_add_(0, dead, pre_dead.grad.T @ centred)
+        sae.W_enc.grad.index_add_(0, dead, g_pre.T @ centred)
         sae.b_enc.grad.index_add_(0, dead, g_b_enc)
         sae.b_dec.grad -= g_b_enc @ sae.W_enc.detach()[dead]
     return loss.detach(), acts, cut
@@ -494,7 +496,7 @@ def update(sae, adam, lr):
     adam.param_groups[0]["lr"] = lr
     adam.step()
     adam.zero_grad()
-    W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True))
+    W.div_(W.norm(dim=1, keepdim=True))
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -867,11 +869,9 @@ def finish(run, core, trained, training, label):
 
 def print_table(rows, core):
     """A row for each training; and how often the core's latents were selected."""
-    print(
-        "cycle     core   kept    new dropped      l0    core  ce recovered    dead  seconds  fvu"
-    )
+    print("cycle     core   kept    new dropped      l0    core  ce recovered    dead seconds  fvu")
     row = "{cycle!s:8s}{core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:7.1f}"
-    row += "{ce_recovered:14.4f} {dead:7.1%} {seconds:8.0f} "
+    row += "{ce_recovered:14.4f} {dead:7.1%} {seconds:7.0f} "
     for r in rows:
         print(row.format(**r), *(f"{v:.4f}" for v in r["fvu"]))
     print(f"latents that 1, 2, ... trainings selected: {core.votes.bincount()[1:].tolist()}")

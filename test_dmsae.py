@@ -445,15 +445,19 @@ def test_segment_sum_equals_a_loop():
 
 @pytest.mark.parametrize("d", [3, 32])
 def test_dead_latents_of_which_none_is_positive_have_no_gradient(d):
-    """The loss must be the residual's own size over its variance, and nothing may move."""
-    residual, W_dec = torch.randn(16, 8), torch.randn(d, 8).requires_grad_()
-    pre = (-torch.rand(16, d)).requires_grad_()
-    loss = dmsae.dead_latent_loss(residual, pre, W_dec)
-    loss.backward()
+    """The dead-latent loss must be the residual's own size over its variance, and nothing of them
+    may move."""
+    sae, x = random_sae(), torch.randn(16, 8).double()
+    with torch.no_grad():
+        sae.b_enc[-d:] = -99
+    without, acts, _ = loss_and_grad(sae, x, 4)
+    sae.zero_grad()
+    loss, _, _ = loss_and_grad(sae, x, 4, dead=torch.arange(64 - d, 64))
+    dense = torch.zeros(16, 64).double().index_put((acts.row, acts.col), acts.value)
+    residual = (x - sae.decode(dense)).detach()
     variance = (residual - residual.mean(0)).pow(2).sum()
-    assert torch.allclose(loss, residual.pow(2).sum() / variance)
-    assert not pre.grad.any()
-    assert not W_dec.grad.any()
+    assert abs(loss - without - residual.pow(2).sum() / variance / 32) < 1e-12
+    assert not any(p.grad[-d:].any() for p in (sae.W_enc, sae.b_enc, sae.W_dec))
 
 
 # ---- One step of the optimiser ------------------------------------------------------------------
@@ -3266,7 +3270,9 @@ def dense_step(sae, adam, x, k, dead=()):
     loss = dmsae.nested_loss(x, x_hats)
     if len(dead):
         residual = (x - x_hats[:, -1]).detach()
-        aux = dmsae.dead_latent_loss(residual, pre[:, dead], sae.W_dec[dead])
+        top = pre[:, dead].topk(x.shape[1] // 2, sorted=False)
+        kept = torch.zeros_like(pre[:, dead]).scatter(1, top.indices, top.values)
+        aux = dmsae.dead_latent_loss(residual, kept, sae.W_dec[dead])
         loss = loss + aux / 32
     loss.backward()
     dmsae.update(sae, adam, 1e-6)
