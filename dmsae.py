@@ -10,15 +10,13 @@
     python dmsae.py --demo                 # in miniature: no network, no GPU, a few minutes
     python dmsae.py --cycles 5 --k 64      # Gemma-2-2B, layer 12, 65,536 latents, one GPU
 
-To follow the method alone, read `MatryoshkaSAE`, `loss_and_grad`, `train`, `attribute`,
-`select_core`, `new_sae` and `distil`. Shapes: B tokens in a batch, T in a context, R contexts,
-D = d_model, F = d_sae latents, G nested prefixes, C core latents, M latents in core and prefix 0,
-n active entries of a batch. W_enc and W_dec are both (F, D): one row per latent.
+For the method alone read `MatryoshkaSAE`, `loss_and_grad`, `train`, `attribute`, `select_core`,
+`new_sae`, `distil`. Shapes: B tokens in a batch, T in a context, R contexts, D d_model, F latents,
+G nested prefixes, C core latents, M in core and prefix 0; a row of W_enc, W_dec (F, D) per latent.
 """
 
 import argparse
 import contextlib
-import datetime
 import glob
 import inspect
 import itertools
@@ -37,20 +35,25 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun: number of this process,
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
-
 
 # ---- Settings: each field of Config is a flag (d_sae is --d-sae), and its default stands only here
 class BadInput(ValueError):
     """Something that the user can mend: one line, and exit code 2."""
+
+
+@contextlib.contextmanager
+def refusing(what):
+    """Every error inside becomes a BadInput that begins with `what`."""
+    try:
+        yield
+    except Exception as e:  # a dozen unrelated types: transformers', datasets', safetensors', ...
+        raise BadInput(f"{what} ({e if isinstance(e, BadInput) else repr(e)})") from None
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Config:
 
     model: str = "google/gemma-2-2b"  # hub name or folder of any AutoModelForCausalLM
     layer: int = 12  # read and replace the output of this decoder layer, counted from 0
-    dataset: str = "JeanKaddour/minipile"  # hub dataset, streamed; its train split is read
+    dataset: str = "JeanKaddour/minipile"  # hub name, or name:configuration; train is streamed
     text: str = None  # local .txt, .jsonl or .parquet file, in place of --dataset
     text_column: str = "text"  # column that holds the text
     separator: str = None  # string that splits each document further
@@ -74,7 +77,6 @@ class Config:
     core_sparsity: Literal["gated", "dynamic", "exempt", "compete"] = "gated"  # see `new_sae`
     coverage: float = 0.9  # share of the attribution that the core must hold
     select: Literal["attribution", "frequency", "random"] = "attribution"  # the core, or controls
-    attribution_agg: Literal["mean", "quantile"] = "mean"  # of |a| over tokens; quantile 0.99
     attribution_tokens: int = 1_000_000  # held-out tokens for attribution
     core: str = None  # core.safetensors to start training 0 with
     transfer_k: tuple[int] = ()  # then train SAEs of these k around the last core
@@ -105,7 +107,8 @@ class Config:
 
 DEMO = dict(layer=1, ctx=128, tokens=400_000, attribution_tokens=60_000, cycles=3)
 DEMO |= dict(d_sae=2048, k=16, batch=1024, lr=2e-3)
-KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # what `datasets` calls them
+KINDS = {".txt": dict(path="text", sample_by="document")}  # what `datasets` calls them
+KINDS |= {".jsonl": dict(path="json"), ".parquet": dict(path="parquet")}
 SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
 
 
@@ -133,28 +136,23 @@ def parse(argv=None):
 def check(cfg):
     """Refuse settings that cannot work, before anything is downloaded or trained. BadInput"""
     cfg.widths()
-    text = Path(cfg.text or "none.txt")
-    is_text = text.suffix in KINDS and (cfg.demo or not cfg.text or text.is_file())
-    below = f"above 0 and below --d-sae {cfg.d_sae}, for example {max(1, cfg.d_sae // 64)}"
-    for name, ok, allowed in (
-        ("layer", cfg.layer >= 0, "0 or above, for example 12"),
-        ("text", is_text, f"an existing file in {', '.join(KINDS)}"),
-        ("ctx", cfg.ctx > 3, "4 or above, for example 128"),
-        ("k", 0 < cfg.k < cfg.d_sae, below),
-        ("batch", cfg.batch > 0 == cfg.batch % WORLD, f"a multiple of {WORLD}, for example 4096"),
-        ("tokens", cfg.tokens >= cfg.batch, f"a --batch or more, for example {1000 * cfg.batch}"),
-        ("lr", cfg.lr > 0, "above 0, for example 3e-4"),
-        ("coverage", 0 < cfg.coverage <= 1, "above 0 and at most 1, for example 0.9"),
-        ("core", not cfg.core or Path(cfg.core).is_file(), "an existing core.safetensors"),
-        ("transfer_k", all(0 < k < cfg.d_sae for k in cfg.transfer_k), below),
-        ("cache", not Path(cfg.cache or ".").is_file(), "a folder"),
-    ):
-        if not ok:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {allowed}")
-    try:
+    k = 1, cfg.d_sae - 1, max(1, cfg.d_sae // 64)
+    limits = dict(k=k, transfer_k=k, layer=(0, 10**4, 12), ctx=(4, 10**7, 128))
+    limits |= dict(batch=(1, 10**9, 4096), tokens=(cfg.batch, 10**15, 1000 * cfg.batch))
+    limits |= dict(lr=(1e-9, math.inf, 3e-4), coverage=(1e-6, 1, 0.9))
+    for name, (low, high, works) in limits.items():
+        for value in np.atleast_1d(getattr(cfg, name)):
+            if not low <= value <= high:
+                must = f"must be from {low} to {high}, for example {works}"
+                raise BadInput(f"--{name.replace('_', '-')} {value}: {must}")
+    if cfg.text and not (cfg.demo or Path(cfg.text).suffix in KINDS and Path(cfg.text).is_file()):
+        raise BadInput(f"--text {cfg.text}: must be an existing file in {', '.join(KINDS)}")
+    if cfg.core and not Path(cfg.core).is_file():
+        raise BadInput(f"--core {cfg.core}: must be an existing core.safetensors")
+    if cfg.cache and Path(cfg.cache).is_file():
+        raise BadInput(f"--cache {cfg.cache}: must be a folder")
+    with refusing(f"--device {cfg.device}: must be cpu, cuda or cuda:N"):
         torch.empty(0, device=cfg.device)
-    except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"--device {cfg.device}: must be cpu, cuda or cuda:N ({e})") from None
 
 
 def generator(*key):
@@ -164,30 +162,36 @@ def generator(*key):
 
 # ---- Text: documents -> one stream of token ids on disk -> contexts -----------------------------
 def documents(cfg):
-    """Yield the documents of --text or --dataset, one str each. BadInput where it is no text."""
+    """Yield the documents of --text or --dataset in pieces of at most 100,000 characters, cut at
+    white space: then a long one is not tokenised whole. BadInput where it is no text."""
     from datasets import load_dataset
 
-    source = KINDS[Path(cfg.text).suffix] if cfg.text else cfg.dataset
-    files = cfg.text and glob.escape(cfg.text)  # else t[1].txt is a pattern
-    words = dict(sample_by="document") if source == "text" else {}
-    try:
-        for row in load_dataset(source, data_files=files, split="train", streaming=True, **words):
-            document = "" + (row[cfg.text_column] or "")
-            yield from document.split(cfg.separator) if cfg.separator else [document]
-    except Exception as e:  # datasets, fsspec and pyarrow raise a dozen unrelated types
-        where = f"{cfg.text or cfg.dataset}: --text-column {cfg.text_column}"
-        raise BadInput(f"{where} holds no text ({type(e).__name__}: {e})") from None
+    path, _, name = cfg.dataset.partition(":")
+    source = dict(path=path, name=name or None)
+    if cfg.text:  # escaped: else t[1].txt is a pattern
+        source = dict(KINDS[Path(cfg.text).suffix], data_files=glob.escape(cfg.text))
+    separator = (cfg.separator or "\0").replace("\\n", "\n")  # a shell's "\n" is two characters
+    with refusing(f"{cfg.text or cfg.dataset}: --text-column {cfg.text_column} holds no text"):
+        for row in load_dataset(**source, split="train", streaming=True):
+            for document in ("" + (row[cfg.text_column] or "")).split(separator):
+                yield from re.findall(r"(?s).{1,100000}(?=\s|$)|.{1,100000}", document)
 
 
-def tokenize(docs, tokenizer, bos, limit, path):
-    """Write docs (an iterator) as doc BOS doc BOS ... to path, int32 ids, at most `limit`."""
-    bar = tqdm(desc="tokenise", total=limit, unit_scale=True, disable=None)
-    with written_whole(path) as part, open(part, "wb") as f, bar:
-        while limit > 0 and (some := list(itertools.islice(docs, 512))):
+def tokenize(docs, tokenizer, bos, limit, path, vocabulary):
+    """Write docs (an iterator) as doc BOS doc BOS ... to path: at most `limit` int32 ids, below
+    `vocabulary`. What a broken stream left is kept, and so many documents are skipped. BadInput"""
+    with written_whole(path) as part, open(part, "ab") as f:
+        there = np.fromfile(part, np.int32)
+        f.truncate(there.nbytes)
+        limit -= len(there)
+        for _ in range((there == bos).sum()):
+            next(docs, None)
+        while limit > 0 and (some := list(itertools.islice(docs, 32))):
             ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
             flat = [i for doc in ids if doc for i in (*doc, bos)][:limit]
+            if max(flat, default=0) >= vocabulary:
+                raise BadInput(f"token id {max(flat)}: the model has only {vocabulary} embeddings")
             f.write(np.array(flat, np.int32).tobytes())
-            bar.update(len(flat))
             limit -= len(flat)
 
 
@@ -221,7 +225,7 @@ class Text:
         return self.contexts(held + order.numpy()[places])
 
 
-def open_text(cfg, tokenizer, folder):
+def open_text(cfg, model, tokenizer, folder):
     """The text as contexts; tokenized once, into FOLDER/tokens.bin. BadInput"""
     ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     special = [i for i in ids if i is not None]
@@ -231,11 +235,15 @@ def open_text(cfg, tokenizer, folder):
     n_eval, n_attribution = math.ceil(131072 / width), math.ceil(cfg.attribution_tokens / width)
     if not path.exists():
         limit = int(1.02 * cfg.tokens) + (n_eval + n_attribution) * width  # 2 %: lost by block
-        tokenize(documents(cfg), tokenizer, special[0], limit, path)
+        vocabulary = len(model.get_input_embeddings().weight)
+        docs = iter(tqdm(documents(cfg), "tokenise", unit=" documents", disable=None))
+        tokenize(docs, tokenizer, special[0], limit, path, vocabulary)
     n = path.stat().st_size // 4 // width
     if n < 3:
+        path.unlink()
         raise BadInput(f"{cfg.text or cfg.dataset}: holds less than three contexts of {cfg.ctx}")
     rows = np.memmap(path, np.int32, "r", shape=(n, width))
+    print(f"text: {rows.size} tokens in {(rows == special[0]).sum()} documents")
     held = max(2, min(n_eval + n_attribution, n // 10))  # of a short text a tenth
     n_eval = min(n_eval, held // 2)
     return Text(rows, special[0], torch.tensor(special), n_eval, held - n_eval)
@@ -243,12 +251,13 @@ def open_text(cfg, tokenizer, folder):
 
 # ---- The language model: read a layer, replace a layer ------------------------------------------
 def load_model(cfg):
-    """The frozen language model, bfloat16 on CUDA, else float32; and its tokenizer. BadInput"""
+    """The frozen language model, its tokenizer, and the fingerprint of `probe`. BadInput"""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, utils
 
     utils.logging.disable_progress_bar()  # of loading, not of downloads
     words = dict(dtype=torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32)
-    try:
+    advice = "try --demo, or accept its licence on huggingface.co and run `hf auth login`"
+    with refusing(f"--model {cfg.model}: cannot be used; if it was not found, {advice}"):
         lm = AutoConfig.from_pretrained(cfg.model).get_text_config()
         if getattr(lm, "attn_logit_softcapping", None):
             words["attn_implementation"] = "eager"  # SDPA silently drops Gemma-2's soft-capping
@@ -257,16 +266,38 @@ def load_model(cfg):
             raise BadInput(f"--layer {cfg.layer} --ctx {cfg.ctx}: at most {last} and {longest}")
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         model = AutoModelForCausalLM.from_pretrained(cfg.model, **words)
-    except Exception as e:  # not there, gated, cut, of another kind, or without a tokenizer
-        advice = "; try --demo, or accept its licence on huggingface.co and run `hf auth login`"
-        raise BadInput(f"--model {cfg.model}: {e}" + advice * isinstance(e, OSError)) from None
-    return model.to(cfg.device).eval().requires_grad_(False), tokenizer
+        model = model.to(cfg.device).eval().requires_grad_(False)
+        return model, tokenizer, probe(model, tokenizer, cfg.layer, cfg.ctx)
+
+
+@torch.no_grad()
+def probe(model, tokenizer, layer, ctx):
+    """Refuse a model that cannot be read, by two contexts whose last tokens differ. Returns its
+    fingerprint (D,): the layer's output at the end of a sentence. BadInput"""
+    sentence = tokenizer("What is useful again and again stays.")["input_ids"][:ctx]
+    ids = torch.tensor(sentence, device=model.device).repeat(2, ctx)[:, :ctx]
+    ids[1, -1] = ids[1, -2]
+    x = residual_stream(model, layer, ids)
+    shape = 2, ctx, model.config.get_text_config().hidden_size
+    if x.shape != shape:
+        raise BadInput(f"layer {layer} gives {tuple(x.shape)}, not {shape}")
+    if not spliced_loss(model, layer, ids, ids >= 0, lambda x: x).isfinite():
+        raise BadInput("its loss is not finite")
+    if not torch.allclose(x[0, :-1], x[1, :-1], 0.05, 0.05 * x.std().item()):
+        raise BadInput("a token changes the layer's output before it: no causal language model")
+    return x[0, len(sentence) - 1].tolist()
+
+
+def same_model(a, b):
+    """Whether two fingerprints are of one model; another GPU's rounding passes."""
+    return len(a) == len(b) and math.dist(a, b) < 0.05 * math.hypot(*a)
 
 
 def decoder_layers(model):
     """The ModuleList of decoder layers, whatever the architecture calls it."""
     n = model.config.get_text_config().num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
+    modules = model.get_decoder().modules()  # a vision tower may have as many
+    return next(m for m in modules if isinstance(m, nn.ModuleList) and len(m) == n)
 
 
 @contextlib.contextmanager
@@ -299,9 +330,8 @@ def residual_stream(model, layer, ids):
 
 def harvest(model, layer, ids, keep):
     """Residual stream of ids (R, T) where keep (R, T): (tokens, D), in the model's dtype."""
-    n = max(1, 4096 // ids.shape[1])  # contexts at once
-    parts = zip(ids.split(n), keep.split(n), strict=True)
-    return torch.cat([residual_stream(model, layer, i.to(model.device))[k] for i, k in parts])
+    parts = in_parts(model, ids, keep, 4096)
+    return torch.cat([residual_stream(model, layer, i)[k] for i, k in parts])
 
 
 def spliced_loss(model, layer, ids, keep, replace):
@@ -318,9 +348,9 @@ def spliced_loss(model, layer, ids, keep, replace):
     return F.cross_entropy(logits, ids[:, 1:][keep[:, :-1]], reduction="sum")
 
 
-def in_parts(model, ids, keep):
-    """ids and keep (R, T), 1024 tokens at a time: Gemma's float32 logits then take 1 GiB."""
-    n = max(1, 1024 // ids.shape[1])
+def in_parts(model, ids, keep, tokens=1024):
+    """ids and keep (R, T), some tokens at a time: of 1024, Gemma's float32 logits take 1 GiB."""
+    n = max(1, tokens // ids.shape[1])
     return zip(ids.to(model.device).split(n), keep.to(model.device).split(n), strict=True)
 
 
@@ -332,8 +362,7 @@ def mean_loss(model, layer, ids, keep, replace):
     return (total / keep[:, :-1].sum()).item()
 
 
-# ---- The sparse step: only B*k of B x F activations are not zero --------------------------------
-# So the encoder's product is the only dense one; all else are sums of rows over n active entries.
+# ---- The sparse step: only n = B*k of B x F activations are not zero, so sums of n rows suffice --
 class SparseActs(NamedTuple):
     """The active entries of activations (B, F), in the order of row (token), then col (latent)."""
 
@@ -361,9 +390,8 @@ class EncodeAt(torch.autograd.Function):
     def backward(ctx, grad):  # (n,)
         W_enc, b_dec, x, row, col = ctx.saved_tensors
         col, order = col.sort(stable=True)  # each latent's entries are then one segment
-        grad = grad[order]
-        g_W_enc = segment_sum(x - b_dec, row[order], grad, col, len(W_enc))  # (F, D)
-        g_b_enc = torch.zeros_like(W_enc[:, 0]).index_add_(0, col, grad)  # (F,)
+        g_W_enc = segment_sum(x - b_dec, row[order], grad[order], col, len(W_enc))  # (F, D)
+        g_b_enc = segment_sum(grad[:, None], order, None, col, len(W_enc)).flatten()  # (F,)
         return g_W_enc, g_b_enc, -g_b_enc @ W_enc, None, None
 
 
@@ -500,13 +528,6 @@ def update(sae, adam, lr):
 
 
 # ---- Training -----------------------------------------------------------------------------------
-def average(tensors):
-    """torchrun: replace each tensor by its mean over all processes, in place."""
-    for t in tensors if WORLD > 1 else ():
-        dist.all_reduce(t)
-        t.div_(WORLD)
-
-
 def activations(run, ids, keep):
     """Activations (tokens, D) of contexts ids where keep (R, T): harvested, or from --cache."""
     if not run.cfg.cache:
@@ -519,17 +540,15 @@ def activations(run, ids, keep):
 
 
 def batches(run, training, block=0, start=0):
-    """Endless batches (B, D), scaled, each with the position from which the next one follows. A
-    block of about 64 batches (ours) is harvested and shuffled whole; every training sees the same
-    blocks. Under torchrun each process has its own blocks, and B / WORLD rows of a batch."""
-    cfg, B = run.cfg, run.cfg.batch // WORLD
+    """Endless batches (B, D), scaled, each with the position of the next one. Blocks of about 64
+    batches (ours), the same in every training, are harvested and shuffled whole."""
+    cfg, B = run.cfg, run.cfg.batch
     contexts = math.ceil(64 * B / (cfg.ctx - 1))
     for number in itertools.count(block):
-        parts = [run.text.block(number * WORLD + r, contexts, cfg.seed) for r in range(WORLD)]
-        n = min(int(keep.sum()) // B for _, keep in parts)  # batches, as many in every process
+        acts = activations(run, *run.text.block(number, contexts, cfg.seed))
+        n = len(acts) // B  # batches
         if n == 0:
             raise BadInput("the text holds hardly more than special tokens: nothing to train on")
-        acts = activations(run, *parts[RANK])
         order = torch.randperm(len(acts), generator=generator(cfg.seed, training, number))
         order = order[: n * B].view(n, B).to(acts.device)
         for i in range(start, n):
@@ -541,8 +560,8 @@ def batches(run, training, block=0, start=0):
 @torch.no_grad()
 def new_sae(cfg, core, x, scale, training):
     """A fresh SAE around the core's encoder rows; b_dec starts as the mean of x (B, D). why only
-    they travel (the paper): they say what a latent detects, and one that is useful again has
-    proved it among new neighbours. By cfg.core_sparsity, a core latent is on
+    they travel (the paper): a latent that is useful again has proved it among new neighbours. By
+    cfg.core_sparsity, a core latent is on
     dynamic  (the paper) where its pre-activation is above 0; the others share what is left of k
     exempt   (its first version) the same, but the others share k
     gated    (ours) above its gate, set as at birth (b_enc then trains on); else as dynamic
@@ -552,7 +571,6 @@ def new_sae(cfg, core, x, scale, training):
     random = generator(cfg.seed, training, "init")
     sae = MatryoshkaSAE(x.shape[1], cfg.widths(C), C, n_exempt, random).to(x.device)
     sae.b_dec.copy_(x.mean(0))
-    average([sae.b_dec])
     sae.W_enc[:C] = core.W_enc
     sae.W_dec[:C] = F.normalize(core.W_enc)  # our choice
     if cfg.core_sparsity == "gated":
@@ -566,11 +584,10 @@ def learning_rate(step, steps, peak):
     return peak * min(1, (step + 1) / min(1000, max(1, steps // 10)), 5 * (steps - step) / steps)
 
 
-def train(run, core, k, training, label):
-    """Train an SAE of sparsity k around `core`, from its checkpoint in OUT if there is one. Returns
-    it, in units of scaled activations; the share of dead latents; seconds."""
+def train(run, core, k, training, path):
+    """Train an SAE of sparsity k around `core`, from the checkpoint `path` if it is there. Returns
+    it, in units of scaled activations, and the share of dead latents."""
     cfg, steps = run.cfg, run.cfg.tokens // run.cfg.batch
-    path = Path(f"{cfg.out}/checkpoint{label}.safetensors")
     saved, at = {}, dict(step=0, position=(0, 0))
     if path.exists():
         saved, at = load_tensors(path)
@@ -583,19 +600,18 @@ def train(run, core, k, training, label):
     state = dict(sae.state_dict(), since=since)
     for name, p in sae.named_parameters():
         adam.state[p] = {m: torch.zeros_like(p) for m in ("exp_avg", "exp_avg_sq")}
-        adam.state[p]["step"] = torch.zeros((), device=p.device)
+        adam.state[p]["step"] = p.new_zeros(())
         state |= {f"{name}.{key}": t for key, t in adam.state[p].items()}
     for name, t in saved.items():
         state[name].copy_(t)
     floor = k if cfg.core_sparsity == "exempt" else max(1, k // 10)  # k/10: our choice
     dead_after = min(10_000_000, cfg.tokens // 10)  # tokens: Gao et al. 2024; the tenth is ours
     tqdm.write("   step     loss      l0    core   dead  seconds")
-    for step in tqdm(range(at["step"] + 1, steps + 1), f"train {label}", disable=None):
+    for step in tqdm(range(at["step"] + 1, steps + 1), path.stem, disable=None):
         dead = (since >= dead_after).nonzero()[:, 0]
         loss, acts, cut = loss_and_grad(sae, x, k, floor, dead)
         fired = torch.zeros_like(sae.b_enc).index_fill_(0, acts.col, 1)
         fired[: sae.n_core] = 1  # the core is never dead: its rows are frozen
-        average([*(p.grad for p in sae.parameters()), cut, fired])
         update(sae, adam, learning_rate(step - 1, steps, cfg.lr))
         sae.update_threshold(cut, step - 1)
         since.add_(cfg.batch).masked_fill_(fired > 0, 0)
@@ -607,19 +623,17 @@ def train(run, core, k, training, label):
         if last or time.time() - saved_at >= 60 * cfg.checkpoint_minutes:
             if not (loss.isfinite() and sae.W_dec.isfinite().all()):
                 raise BadInput(f"diverged by step {step}: try a smaller --lr, another --out")
-            if RANK == 0:
-                save_tensors(state, path, step=step, position=position)
+            save_tensors(state, path, step=step, position=position)
             saved_at = time.time()
         if not last:
             x, position = next(stream)
-    return sae, (since >= dead_after).float().mean().item(), time.time() - began
+    return sae, (since >= dead_after).float().mean().item()
 
 
 # ---- Held-out evaluation, and attribution -------------------------------------------------------
 @torch.no_grad()
 def evaluate(sae, x):
-    """Figures of an SAE of raw activations x (N, D) at inference: fvu by prefix (squared error over
-    variance about the mean); l0 and core_l0, active latents a token."""
+    """Of an SAE of raw activations x (N, D): fvu by prefix, about the mean; l0, core_l0 a token."""
     errors, on = 0, 0
     for some in x.split(4096):
         acts = sae.encode(some)  # (B, F)
@@ -630,14 +644,13 @@ def evaluate(sae, x):
     return dict(fvu=fvu.tolist(), l0=on.sum().item(), core_l0=on[: sae.n_core].sum().item())
 
 
-def attribute(model, layer, ids, keep, sae, agg="mean"):
+def attribute(model, layer, ids, keep, sae):
     """Attribution of each latent of core and prefix 0, and its share of tokens: (M,), (M,).
     The layer's output is replaced by the narrowest nested reconstruction x_hat, and latent i is
-    worth a_i = f_i <dLoss / dx_hat, W_dec_i> at a token, where f_i is its activation. why the
-    narrowest (the paper): the core shall carry what the model needs without finer latents. The
-    score is the mean of |a_i| over tokens, or its 0.99 quantile (the paper's first version)."""
+    worth a_i = f_i <dLoss / dx_hat, W_dec_i> at a token, where f_i is its activation; its score is
+    the mean of |a_i|. why the narrowest (the paper): the core shall do without finer latents."""
     W_dec = sae.W_dec[: sae.widths[0]].detach()  # (M, D)
-    n, score, on, largest = keep.sum().item(), 0, 0, W_dec.new_zeros(0, len(W_dec))
+    n, score, on = keep.sum().item(), 0, 0
     acts = x_hat = None
 
     def replace(x):
@@ -649,13 +662,10 @@ def attribute(model, layer, ids, keep, sae, agg="mean"):
     for part in in_parts(model, ids, keep):
         loss = spliced_loss(model, layer, *part, replace)
         (grad,) = torch.autograd.grad(loss, x_hat)  # (B, D)
-        a = (acts * (grad @ W_dec.T)).abs()  # (B, M)
-        score += a.sum(0, dtype=torch.float64) / n
+        a = acts * (grad @ W_dec.T)  # (B, M)
+        score += a.abs().sum(0, dtype=torch.float64) / n
         on += (acts > 0).sum(0) / n
-        if agg == "quantile":  # exact: the largest 1 % so far of every latent
-            largest = torch.cat([largest, a])
-            largest = largest.topk(min(n // 100 + 1, len(largest)), dim=0).values
-    return (largest[-1].double() if agg == "quantile" else score).cpu(), on.cpu()
+    return score.cpu(), on.cpu()
 
 
 # ---- The core -----------------------------------------------------------------------------------
@@ -694,7 +704,7 @@ def next_core(core, sae, chosen, scores, density, training):
         birth=torch.cat([core.birth, F.pad(new[:, None], (1, 0), value=training)]),
         votes=torch.cat([core.votes, torch.zeros_like(new)]) + 1,
         score=scores.float(),
-        density=density.float(),
+        density=density,
         index=torch.arange(len(scores)),
     )
     return Core(*(t[chosen] for t in vars(candidates).values()))
@@ -704,9 +714,18 @@ def next_core(core, sae, chosen, scores, density, training):
 @contextlib.contextmanager
 def written_whole(path):
     """Yield where to write the file or folder `path`; then it is renamed into its place."""
-    part = Path(path).with_suffix(Path(path).suffix + ".part")
+    part = Path(f"{path}.part")
     yield part
+    for file in part, *part.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())  # else a power cut may leave an empty file of the right name
     part.replace(path)
+
+
+def read_json(path):
+    with refusing(f"{path}: is missing or damaged; move its folder away"):
+        return json.loads(Path(path).read_text())
 
 
 def write_json(data, path):
@@ -724,43 +743,39 @@ def save_tensors(tensors, path, **meta):
 
 def load_tensors(path, kind=dict):
     """Tensors, as dict or another `kind`, and metadata of save_tensors. BadInput"""
-    try:
-        with safe_open(path, "pt") as f:
-            tensors = kind(**{name: f.get_tensor(name) for name in f.keys()})
-            return tensors, json.loads(f.metadata()["dmsae"])
-    except Exception as e:  # safetensors has its own, and a foreign header can hold anything
-        raise BadInput(f"{path}: is damaged or foreign: move it away ({e})") from None
+    with refusing(f"{path}: is damaged or foreign; move it away"), safe_open(path, "pt") as f:
+        tensors = kind(**{name: f.get_tensor(name) for name in f.keys()})
+        return tensors, json.loads(f.metadata()["dmsae"])
 
 
 def load_core(path):
-    """A Core, and the number of the training that selected it. BadInput"""
-    core, meta = load_tensors(path, Core)
-    return core, meta["training"]
+    """A Core; and its origin, a dict: training that selected it, config, fingerprint. BadInput"""
+    return load_tensors(path, Core)
 
 
 def save_sae(sae, folder, **metadata):
     """Write an SAE of raw activations in SAELens's layout, as its `jumprelu`: W_enc is (D, F)."""
     weights = dict(sae.state_dict(), W_enc=sae.W_enc.T)
-    save_tensors(weights, folder / "sae_weights.safetensors")
-    metadata |= dict(widths=sae.widths, n_core=sae.n_core, n_exempt=sae.n_exempt)
+    save_tensors(weights, Path(f"{folder}/sae_weights.safetensors"))
+    metadata |= dict(sae_lens_version="6.0.0", widths=sae.widths, n_core=sae.n_core)
     cfg = dict(SAELENS, d_in=sae.W_enc.shape[1], d_sae=len(sae.W_enc), dtype="float32")
     cfg |= dict(device="cpu", reshape_activations="none")
-    write_json(cfg | dict(metadata=dict(sae_lens_version="6.0.0", **metadata)), folder / "cfg.json")
+    write_json(cfg | dict(metadata=metadata | dict(n_exempt=sae.n_exempt)), f"{folder}/cfg.json")
 
 
 def load_sae(folder, device="cpu"):
     """The SAE in a folder of SAELens's `jumprelu` layout, ours or another's. BadInput"""
-    try:
-        cfg = json.loads(Path(f"{folder}/cfg.json").read_text())
+    with refusing(f"{folder}: is no SAE folder of cfg.json and sae_weights.safetensors"):
+        cfg = read_json(f"{folder}/cfg.json")
         if not SAELENS.items() <= (SAELENS | cfg).items():
             raise BadInput(f"{[cfg.get(key) for key in SAELENS]}, only {SAELENS} is read")
         ours = dict(widths=[cfg["d_sae"]], n_core=0, n_exempt=0) | (cfg.get("metadata") or {})
         sae = MatryoshkaSAE(cfg["d_in"], ours["widths"], ours["n_core"], ours["n_exempt"])
         weights = load_file(f"{folder}/sae_weights.safetensors")
-        sae.load_state_dict(dict(weights, W_enc=weights["W_enc"].T))
-    except Exception as e:  # missing, cut or foreign files
-        needed = "it needs cfg.json and sae_weights.safetensors"
-        raise BadInput(f"{folder}: is no SAE folder ({e}); {needed}") from None
+        weights["W_enc"] = weights["W_enc"].T
+        if torch.all(weights.get("scaling_factor", torch.zeros(1)) == 1):  # SAELens once wrote it
+            del weights["scaling_factor"]
+        sae.load_state_dict(weights)
     return sae.to(device)
 
 
@@ -804,28 +819,30 @@ def build_demo(folder, steps=3000):
 
 
 # ---- The distillation cycles --------------------------------------------------------------------
-def prepare(cfg, model, tokenizer):
-    """What all trainings share. scale: the SAE is trained on scale * x, of mean variance 1;
-    ce_original, ce_zero: held-out loss, nats a token, as it is; layer zeroed, BOS too;
-    fingerprint (D,): the layer's output at one token. BadInput where OUT holds another run."""
+def prepare(cfg, model, tokenizer, fingerprint):
+    """What all trainings share. scale: of scale * x the mean variance is 1; ce_original, ce_zero:
+    held-out loss, nats a token, as it is; layer zeroed, BOS too. BadInput where OUT is another's"""
     out, old, new = Path(cfg.out), {}, json.loads(json.dumps(asdict(cfg)))
     for name in "device out checkpoint_minutes cycles transfer_k cache".split():
         del new[name]  # these change no training
+    out.mkdir(parents=True, exist_ok=True)
     if (out / "config.json").exists():
-        old = json.loads((out / "config.json").read_text())
-        differ = [f"{n} {old.get(n)} there, {new[n]} here" for n in new if old.get(n) != new[n]]
-        if differ:
-            raise BadInput(f"--out {out}: holds a run with other settings ({'; '.join(differ)})")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "tokens.bin").unlink(missing_ok=True)  # of a run that was refused
-    text = open_text(cfg, tokenizer, out)
-    (ids, keep), _ = text.held_out()
-    fingerprint = residual_stream(model, cfg.layer, ids[:1].to(model.device))[0, -1].tolist()
+        old = read_json(out / "config.json")
+    differ = [f"{n} {old.get(n)} there, {new[n]} here" for n in new if old.get(n) != new[n]]
+    if differ and (out / "tokens.bin").exists():
+        raise BadInput(f"--out {out}: holds a run with other settings ({'; '.join(differ)})")
+    if differ:
+        (out / "tokens.bin.part").unlink(missing_ok=True)
+        write_json(new, out / "config.json")
+    text = open_text(cfg, model, tokenizer, out)
     if "measured" not in old:
-        write_json(new, out / "config.json")  # the text counts as good now
+        (ids, keep), _ = text.held_out()
         some = text.block(0, math.ceil(65536 / cfg.ctx), cfg.seed)  # 65,536 tokens: our choice
         x = harvest(model, cfg.layer, *some).float()
+        ratio = x.norm(dim=1) / x.norm(dim=1).median()
+        if len(x) and ratio.max() > 10:
+            share = f"{(ratio > 10).float().mean():.2%} of tokens"
+            print(f"warning: {share} have 10 to {ratio.max():.0f} x the median norm")
         new["measured"] = dict(
             scale=1 / x.var(0).mean().sqrt().item(),  # about the mean
             ce_original=mean_loss(model, cfg.layer, ids, keep, lambda x: x),
@@ -833,22 +850,19 @@ def prepare(cfg, model, tokenizer):
             fingerprint=fingerprint,
         )
         write_json(old := new, out / "config.json")
-    other = old["measured"]["fingerprint"]
-    far = len(other) != len(fingerprint) or math.dist(other, fingerprint) / math.hypot(*other)
-    if not far < 0.05:  # another GPU's rounding passes
+    if not same_model(old["measured"]["fingerprint"], fingerprint):
         raise BadInput(f"--out {out}: holds a run of another model of the name {cfg.model}")
     return SimpleNamespace(cfg=cfg, model=model, text=text, **old["measured"])
 
 
-def finish(run, core, trained, training, label):
+def finish(run, core, sae, dead, training, label):
     """Evaluate a trained SAE, choose the next core, save both as OUT/cycle<label>."""
-    cfg, model, (sae, dead, seconds) = run.cfg, run.model, trained
+    cfg, model = run.cfg, run.model
     sae.fold_scale(run.scale)
     for_evaluation, for_attribution = run.text.held_out()
     held = evaluate(sae, harvest(model, cfg.layer, *for_evaluation).float())
-    held["ce"] = mean_loss(model, cfg.layer, *for_evaluation, sae)
-    held["ce_recovered"] = (run.ce_zero - held["ce"]) / (run.ce_zero - run.ce_original)
-    scores, density = attribute(model, cfg.layer, *for_attribution, sae, cfg.attribution_agg)
+    ce = mean_loss(model, cfg.layer, *for_evaluation, sae)
+    scores, density = attribute(model, cfg.layer, *for_attribution, sae)
     chosen = select_core(scores, cfg.coverage)
     C = len(chosen)  # the controls are of the size that attribution would have chosen
     if cfg.select == "frequency":
@@ -858,20 +872,20 @@ def finish(run, core, trained, training, label):
     new = next_core(core, sae, chosen, scores, density, training)
     kept = int((chosen < len(core.W_enc)).sum())
     row = dict(cycle=label, core=C, kept=kept, new=C - kept, dropped=len(core.W_enc) - kept, **held)
-    row["origins"] = dict(enumerate(new.birth[:, 0].bincount().tolist()))
-    row |= dict(dead=dead, widths=sae.widths, tokens=cfg.tokens, seconds=seconds)
+    recovered = (run.ce_zero - ce) / (run.ce_zero - run.ce_original)
+    row |= dict(dead=dead, ce=ce, ce_recovered=recovered, tokens=cfg.tokens)
+    origin = dict(training=training, config=asdict(cfg))
     where = dict(model_name=cfg.model, hook_name=f"blocks.{cfg.layer}.hook_resid_post")
-    where |= dict(context_size=cfg.ctx, prepend_bos=True, dataset_path=cfg.text or cfg.dataset)
     with written_whole(f"{cfg.out}/cycle{label}") as part:
-        save_tensors(vars(new), part / "core.safetensors", training=training, **asdict(cfg))
-        save_sae(sae, part, **where, config=asdict(cfg), result=row)
+        save_tensors(vars(new), part / "core.safetensors", fingerprint=run.fingerprint, **origin)
+        save_sae(sae, part, **where, context_size=cfg.ctx, prepend_bos=True, result=row, **origin)
 
 
 def print_table(rows, core):
     """A row for each training; and how often the core's latents were selected."""
-    print("cycle     core   kept    new dropped      l0    core  ce recovered    dead seconds  fvu")
+    print("cycle     core   kept    new dropped      l0    core  ce recovered    dead  fvu")
     row = "{cycle!s:8s}{core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:7.1f}"
-    row += "{ce_recovered:14.4f} {dead:7.1%} {seconds:7.0f} "
+    row += "{ce_recovered:14.4f} {dead:7.1%} "
     for r in rows:
         print(row.format(**r), *(f"{v:.4f}" for v in r["fvu"]))
     print(f"latents that 1, 2, ... trainings selected: {core.votes.bincount()[1:].tolist()}")
@@ -879,64 +893,50 @@ def print_table(rows, core):
 
 def distil(cfg):
     """A whole run, from wherever OUT has it: trainings 0..cycles, then transfers of the core."""
+    check(cfg)
+    if ":" in cfg.device:
+        torch.cuda.set_device(cfg.device)
     out, rows = Path(cfg.out), []
-    if RANK > 0:
-        dist.barrier()  # process 0 prepares, the others find its files
     if cfg.model == f"{cfg.out}/model" and not Path(cfg.model).exists():
         build_demo(Path(cfg.model))
-    print(f"dmsae | {cfg.model} layer {cfg.layer} | {WORLD} x {cfg.device} | {out}", flush=True)
-    model, tokenizer = load_model(cfg)
-    d_model = model.config.get_text_config().hidden_size
-    core, last = load_core(cfg.core) if cfg.core else (Core(torch.zeros(0, d_model)), -1)
-    if core.W_enc.shape[1] != d_model:
-        raise BadInput(f"--core {cfg.core}: is of width {core.W_enc.shape[1]}, not {d_model}")
-    cfg.widths(len(core.W_enc))  # is there room for it?
-    run = prepare(cfg, model, tokenizer)
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
+    print(f"dmsae | {cfg.model} layer {cfg.layer} | {cfg.device} | {out}", flush=True)
+    model, tokenizer, fingerprint = load_model(cfg)
+    core, before = Core(torch.zeros(0, len(fingerprint))), 0
+    if cfg.core:
+        core, origin = load_core(cfg.core)
+        before = origin["training"] + 1
+        if core.W_enc.shape[1] != len(fingerprint):
+            width = f"is of width {core.W_enc.shape[1]}, not {len(fingerprint)}"
+            raise BadInput(f"--core {cfg.core}: {width}")
+        if not same_model(origin.get("fingerprint", fingerprint), fingerprint):
+            print(f"warning: --core {cfg.core} is of another model, tokenizer or layer")
+        cfg.widths(len(core.W_enc))  # is there room for it?
+    run = prepare(cfg, model, tokenizer, fingerprint)
     for n, k in enumerate([cfg.k] * (cfg.cycles + 1) + [*cfg.transfer_k]):
         label = n if n <= cfg.cycles else f"{cfg.cycles}_k{k}"
         folder, training = out / f"cycle{label}", min(n, cfg.cycles + 1)
         if not folder.exists():
             size = len(core.W_enc) or "0: the plain Matryoshka baseline"
             print(f"cycle {label} of {cfg.cycles}   k {k}   core {size}", flush=True)
-            trained = train(run, core, k, training, label)
-            if RANK == 0:
-                finish(run, core, trained, last + 1 + training, label)
-                (out / f"checkpoint{label}.safetensors").unlink()
-            if WORLD > 1:
-                dist.barrier()
-        rows.append(json.loads((folder / "cfg.json").read_text())["metadata"]["result"])
+            checkpoint = out / f"checkpoint{label}.safetensors"
+            sae, dead = train(run, core, k, training, checkpoint)
+            finish(run, core, sae, dead, before + training, label)
+            checkpoint.unlink()
+        rows.append(read_json(folder / "cfg.json")["metadata"]["result"])
         if rows[-1]["core_l0"] > k / 2:
-            print(
-                f"  warning: the core alone has L0 {rows[-1]['core_l0']:.1f}, above half of k = {k}"
-            )
+            print(f"warning: the core alone has L0 {rows[-1]['core_l0']:.1f}, above half of k {k}")
         if n <= cfg.cycles:
             core, _ = load_core(folder / "core.safetensors")
     print_table(rows, core)
     print(f"SAEs and cores are in {out}/cycle*; next: python eval.py {out}")
 
 
-def start(argv=None):
-    """What the command line asks for; under torchrun, one process of it."""
-    cfg = parse(argv)
-    check(cfg)
-    torch.set_float32_matmul_precision("high")  # TF32 for the encoder's product
-    if WORLD > 1:
-        cfg.device = cfg.device[:4].replace("cuda", f"cuda:{os.environ['LOCAL_RANK']}")
-        dist.init_process_group(timeout=datetime.timedelta(hours=12))  # process 0 evaluates alone
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-    if ":" in cfg.device:
-        torch.cuda.set_device(cfg.device)
-    distil(cfg)
-
-
-def main(argv=None, name="dmsae", work=start):
+def main(argv=None, name="dmsae", parse=parse, work=distil):
     """The command line (eval.py's too). Returns 0: done, 2: bad input, 130: interrupted."""
+    torch.set_float32_matmul_precision("high")  # TF32 for the encoder's product
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a sixth faster on a CPU
     try:
-        work(argv)
+        work(parse(argv))
     except (BadInput, OSError, SafetensorError) as e:  # also a folder or disk that takes no files
         print(f"{name}: " + " ".join(str(e).split())[:1000], file=sys.stderr)
         return 2
