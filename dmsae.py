@@ -136,7 +136,7 @@ def parse(argv=None):
 def check(cfg):
     """Refuse settings that cannot work, before anything is downloaded or trained. BadInput"""
     cfg.widths()
-    k = 1, cfg.d_sae - 1, max(1, cfg.d_sae // 64)
+    k = 1, cfg.d_sae - 1, 1 + cfg.d_sae // 64
     limits = dict(k=k, transfer_k=k, layer=(0, 10**4, 12), ctx=(4, 10**7, 128))
     limits |= dict(batch=(1, 10**9, 4096), tokens=(cfg.batch, 10**15, 1000 * cfg.batch))
     limits |= dict(lr=(1e-9, math.inf, 3e-4), coverage=(1e-6, 1, 0.9))
@@ -149,7 +149,7 @@ def check(cfg):
         raise BadInput(f"--text {cfg.text}: must be an existing file in {', '.join(KINDS)}")
     if cfg.core and not Path(cfg.core).is_file():
         raise BadInput(f"--core {cfg.core}: must be an existing core.safetensors")
-    if cfg.cache and Path(cfg.cache).is_file():
+    if Path(cfg.cache or ".").is_file():
         raise BadInput(f"--cache {cfg.cache}: must be a folder")
     with refusing(f"--device {cfg.device}: must be cpu, cuda or cuda:N"):
         torch.empty(0, device=cfg.device)
@@ -872,8 +872,8 @@ def finish(run, core, sae, dead, training, label):
     new = next_core(core, sae, chosen, scores, density, training)
     kept = int((chosen < len(core.W_enc)).sum())
     row = dict(cycle=label, core=C, kept=kept, new=C - kept, dropped=len(core.W_enc) - kept, **held)
-    recovered = (run.ce_zero - ce) / (run.ce_zero - run.ce_original)
-    row |= dict(dead=dead, ce=ce, ce_recovered=recovered, tokens=cfg.tokens)
+    row |= dict(dead=dead, tokens=cfg.tokens, ce=ce)
+    row["ce_recovered"] = (run.ce_zero - ce) / (run.ce_zero - run.ce_original)
     origin = dict(training=training, config=asdict(cfg))
     where = dict(model_name=cfg.model, hook_name=f"blocks.{cfg.layer}.hook_resid_post")
     with written_whole(f"{cfg.out}/cycle{label}") as part:

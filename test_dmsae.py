@@ -1538,7 +1538,7 @@ def test_a_damaged_block_is_refused(lm, filled, tmp_path, capsys, damage):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(k=128), ["--k 128", "from 1 to 127", "for example 2"]),
+        (dict(k=128), ["--k 128", "from 1 to 127", "for example 3"]),
         (dict(k=0), ["--k 0", "from 1"]),
         (dict(coverage=0), ["--coverage 0", "to 1", "0.9"]),
         (dict(coverage=1.5), ["--coverage 1.5", "to 1", "0.9"]),
