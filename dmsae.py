@@ -236,7 +236,7 @@ def open_text(cfg, model, tokenizer, folder):
     if not path.exists():
         limit = int(1.02 * cfg.tokens) + (n_eval + n_attribution) * width  # 2 %: lost by block
         vocabulary = len(model.get_input_embeddings().weight)
-        docs = iter(tqdm(documents(cfg), "tokenise", unit=" documents", disable=None))
+        docs = iter(tqdm(documents(cfg), "tokenise", disable=None))
         tokenize(docs, tokenizer, special[0], limit, path, vocabulary)
     n = path.stat().st_size // 4 // width
     if n < 3:

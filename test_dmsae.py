@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -719,6 +720,72 @@ def test_gemma_2_2b_shape():
     assert layers[12].mlp.down_proj.out_features == 2304
 
 
+class Mixing(Toy):
+    """A Toy whose layer sees later positions; and one whose layer is replaced by `edit`."""
+
+    def __init__(self, edit):
+        super().__init__(torch.randn(9, 4), torch.randn(4, 9))
+        self.layers[0].register_forward_hook(lambda module, args, out: edit(out))
+        text_config = SimpleNamespace(num_hidden_layers=1, hidden_size=4)
+        self.config = SimpleNamespace(get_text_config=lambda: text_config)
+
+
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (lambda h: h + h.mean(1, keepdim=True), "causal"),
+        (lambda h: h.flip(1), "causal"),
+        (lambda h: h * math.nan, "not finite"),
+        (lambda h: h[:, :, :3], "(2, 6, 3), not (2, 6, 4)"),
+        (lambda h: h, None),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_refused(edit, words):
+    """Another shape, NaN, and an output that a later token changes must each be told apart from a
+    causal model, whose fingerprint is its layer's output at the sentence's end."""
+    torch.manual_seed(0)
+    toy = Mixing(edit)
+
+    def tokenizer(text):
+        return dict(input_ids=[1, 5, 7])
+
+    if words is None:
+        print_of_it = dmsae.probe(toy, tokenizer, 0, 6)
+        assert print_of_it == pytest.approx(toy.embedding[7].tolist())
+    else:
+        with pytest.raises(dmsae.BadInput) as error:
+            dmsae.probe(toy, tokenizer, 0, 6)
+        assert words in str(error.value)
+
+
+def test_a_vision_tower_is_not_the_language_model():
+    """A vision tower of as many layers as the text model must not be hooked."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(sizes, vocab_size=50, num_key_value_heads=1, head_dim=8)
+    vision = dict(sizes, image_size=16, patch_size=8)
+    tokens = dict(boi_token_index=47, eoi_token_index=48, image_token_index=49)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    assert dmsae.residual_stream(model, 1, torch.arange(6)[None]).shape == (1, 6, 16)
+    inside = {id(m) for m in model.get_decoder().modules()}
+    assert id(dmsae.decoder_layers(model)) in inside
+
+
+def test_nan_in_the_weights_is_refused_before_the_text_is_read(lm, tmp_path, capsys):
+    """Also behind the layer that is read; mended, the same command must go through."""
+    shutil.copytree(lm, tmp_path / "lm")
+    w = load_file(lm / "model.safetensors")
+    w["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(w, tmp_path / "lm" / "model.safetensors", {"format": "pt"})
+    words = command(tmp_path / "lm", tmp_path / "out", cycles=0)
+    assert "not finite" in refusal(capsys, words)
+    assert not (tmp_path / "out").exists()
+    shutil.copy(lm / "model.safetensors", tmp_path / "lm")
+    assert dmsae.main(words) == 0
+
+
 # ---- Text ---------------------------------------------------------------------------------------
 def test_documents_are_packed_with_bos_first_and_between(lm, tmp_path):
     """The stream must be doc BOS doc BOS..., every context must start with BOS, and no token may
@@ -786,6 +853,109 @@ def test_null_documents_count_as_empty(suffix, tmp_path):
     write_documents(["one", None, "three"], path)
     assert read_documents(path) == ["one", "three"]
     assert read_documents(path, separator="|") == ["one", "three"]
+
+
+def test_long_documents_come_in_pieces_cut_at_white_space(tmp_path):
+    """Nothing may be lost, no piece be longer than 100,000 characters, nor a word be cut where
+    there is white space; without any, a piece is cut anyway."""
+    text = " ".join(str(i) for i in range(60_000)) + "\n\n" + "x" * 250_000
+    (tmp_path / "t.txt").write_text(text)
+    pieces = read_documents(tmp_path / "t.txt")
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 100_000
+    assert all(piece[0] == " " for piece in pieces[1:3])
+
+
+def test_a_separator_as_a_shell_hands_it_over(tmp_path):
+    """A backslash and an n must split at new lines, as a new line itself does."""
+    (tmp_path / "t.txt").write_text("one\n\ntwo\nlines\n\nthree")
+    for separator in ("\n\n", r"\n\n"):
+        assert read_documents(tmp_path / "t.txt", separator=separator) == [
+            "one",
+            "two\nlines",
+            "three",
+        ]
+
+
+def test_how_many_documents_is_said(lm, tmp_path, capsys):
+    """A separator that splits nothing must show."""
+    assert dmsae.main(command(lm, tmp_path, separator="@@", cycles=0, tokens=128)) == 0
+    assert re.search(r"text: \d+ tokens in 1 documents", capsys.readouterr().out)
+
+
+def test_a_dataset_can_name_a_configuration(monkeypatch):
+    """name:configuration must reach load_dataset as its two arguments."""
+    import datasets
+
+    def load_dataset(path, name, split, streaming):
+        return [{"text": f"{path} {name} {split}"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(dmsae.documents(Config(dataset="wikitext:raw"))) == ["wikitext raw train"]
+    assert list(dmsae.documents(Config(dataset="a/b"))) == ["a/b None train"]
+
+
+class Broken(Exception):
+    pass
+
+
+def test_tokenizing_goes_on_where_a_stream_broke_off(lm, tmp_path):
+    """What a second start writes must be what one without an error writes, and documents that are
+    there must not be tokenised again."""
+    from transformers import AutoTokenizer
+
+    tokenizer, docs = AutoTokenizer.from_pretrained(lm), [f"cat {i} dog sat" for i in range(200)]
+    asked = []
+
+    def counting(some, **words):
+        asked.extend(some)
+        return tokenizer(some, **words)
+
+    def stream(n):
+        yield from docs[:n]
+        if n < len(docs):
+            raise Broken
+
+    dmsae.tokenize(stream(200), tokenizer, 2, 10**6, tmp_path / "whole", 10**6)
+    for n in (70, 150):
+        with pytest.raises(Broken):
+            dmsae.tokenize(stream(n), counting, 2, 10**6, tmp_path / "broken", 10**6)
+        assert not (tmp_path / "broken").exists()
+    dmsae.tokenize(stream(200), counting, 2, 10**6, tmp_path / "broken", 10**6)
+    assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert len(asked) == 200
+
+
+def test_ids_beyond_the_embedding_are_refused(lm, tmp_path, capsys):
+    """A word added to the tokenizer alone must be refused where it occurs, and only there."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(lm, tmp_path / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(lm)
+    tokenizer.add_tokens(["sat on"])
+    tokenizer.save_pretrained(tmp_path / "lm")
+    line = refusal(capsys, command(tmp_path / "lm", tmp_path / "out"))
+    assert re.search(r"token id \d+: the model has only 300 embeddings", line)
+    (tmp_path / "t.jsonl").write_text(json.dumps(dict(text="the cat ran to house " * 2000)))
+    words = command(tmp_path / "lm", tmp_path / "b", text=tmp_path / "t.jsonl", cycles=0)
+    assert dmsae.main([*words, "--tokens", "1000"]) == 0
+
+
+def test_tokens_of_enormous_norm_are_warned_of(lm, tmp_path, capsys, monkeypatch):
+    """One line must give their share and size; without them there must be none."""
+    words = dict(cycles=0, tokens=128)
+    assert dmsae.main(command(lm, tmp_path / "a", **words)) == 0
+    assert "median norm" not in capsys.readouterr().out
+    stream = dmsae.residual_stream
+
+    def with_sinks(model, layer, ids):
+        h = stream(model, layer, ids)
+        return torch.where((ids % 17 == 0)[..., None], 100 * h, h)
+
+    monkeypatch.setattr(dmsae, "residual_stream", with_sinks)
+    dmsae.main(command(lm, tmp_path / "b", **words))
+    out = capsys.readouterr().out
+    assert re.search(r"warning: \d+\.\d\d% of tokens have 10 to \d+ x the median norm", out)
 
 
 def test_a_file_name_is_no_pattern(tmp_path):
@@ -1207,6 +1377,29 @@ def test_a_plain_sae_of_saelens_loads(tmp_path, metadata):
     assert torch.equal(again(x), sae(x))
 
 
+def test_a_scaling_factor_of_ones_is_none(tmp_path):
+    """Older versions of SAELens write one; any other value is refused."""
+    sae, x = random_sae(dtype=torch.float32), torch.randn(9, 8)
+    dmsae.save_sae(sae, tmp_path)
+    path = tmp_path / "sae_weights.safetensors"
+    w = load_file(path)
+    save_file(dict(w, scaling_factor=torch.ones(64)), path)
+    assert torch.equal(load_sae(tmp_path)(x), sae(x))
+    save_file(dict(w, scaling_factor=torch.full((64,), 2.0)), path)
+    with pytest.raises(dmsae.BadInput, match="scaling_factor"):
+        load_sae(tmp_path)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    """cfg.json without d_in must be refused with that name."""
+    dmsae.save_sae(random_sae(dtype=torch.float32), tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    del cfg["d_in"]
+    dmsae.write_json(cfg, tmp_path / "cfg.json")
+    with pytest.raises(dmsae.BadInput, match="KeyError.*d_in"):
+        load_sae(tmp_path)
+
+
 OLD_CONFIG = dict(
     model="runs/demo/model",
     layer=1,
@@ -1358,6 +1551,73 @@ def test_another_model_behind_the_same_name_is_refused(lm, tmp_path, capsys):
     line = refusal(capsys, words)
     assert "another model" in line
     assert str(tmp_path / "lm") in line
+
+
+def test_another_tokenizer_behind_the_same_name_is_refused(lm, tmp_path, capsys):
+    """Other ids for the same words must be noticed, as other weights are."""
+    shutil.copytree(lm, tmp_path / "lm")
+    words = command(tmp_path / "lm", tmp_path / "out", cycles=0)
+    assert dmsae.main(words) == 0
+    path = tmp_path / "lm" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocab = data["model"]["vocab"]
+    vocab["s"], vocab["n"] = vocab["n"], vocab["s"]
+    path.write_text(json.dumps(data))
+    assert "another model" in refusal(capsys, words)
+
+
+def test_a_core_from_another_model_is_warned_of(lm, story, tmp_path, capsys):
+    """From this one it is not, though text and seed be others."""
+    path = story / "cycle3" / "core.safetensors"
+    words = dict(core=path, cycles=0, seed=3)
+    assert dmsae.main(command(lm, tmp_path / "same", **words)) == 0
+    assert "another model" not in capsys.readouterr().out
+    shutil.copytree(lm, tmp_path / "lm")
+    replace_weights(tmp_path / "lm")
+    assert dmsae.main(command(tmp_path / "lm", tmp_path / "other", **words)) == 0
+    assert f"warning: --core {path} is of another model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["config.json", "cycle0/cfg.json", "tokens.bin"])
+def test_an_emptied_file_of_a_run_is_named(lm, story, tmp_path, capsys, name):
+    """As a power cut leaves it: one line with the file, no traceback."""
+    shutil.copytree(story, tmp_path / "out")
+    (tmp_path / "out" / name).write_bytes(b"")
+    line = refusal(capsys, command(lm, tmp_path / "out", cycles=3, core_sparsity="gated"))
+    assert str(tmp_path / "out" / name) in line or name == "tokens.bin"
+
+
+def test_a_disk_that_is_full_is_one_line(lm, tmp_path):
+    """Also where safetensors raises an error of its own."""
+    words = command(lm, tmp_path / "out", d_sae=4096, cycles=0)
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+
+    line = [sys.executable, HERE / "dmsae.py", *words]
+    done = subprocess.run(line, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert re.search("^dmsae: .*File too large", done.stderr, re.M)
+
+
+def test_files_are_on_disk_before_they_take_their_names(tmp_path, monkeypatch):
+    """Every file of a folder must be synced before the rename: a power cut leaves the old one."""
+    seen, sync = [], os.fsync
+
+    def spy(descriptor):
+        seen.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        assert not (tmp_path / "sae").exists()
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    with dmsae.written_whole(tmp_path / "sae") as part:
+        part.mkdir()
+        (part / "a").write_text("a")
+        (part / "b").write_text("b")
+    assert sorted(seen) == ["a", "b"]
+    assert (tmp_path / "sae" / "a").read_text() == "a"
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign"])
@@ -1792,6 +2052,9 @@ class Sum(nn.Module):
         self.device = torch.device("cpu")
         config = SimpleNamespace(num_hidden_layers=1, vocab_size=len(table))
         self.config = SimpleNamespace(get_text_config=lambda: config)
+
+    def get_decoder(self):
+        return self
 
     def forward(self, ids, use_cache=False):
         return SimpleNamespace(logits=self.layers[0](self.embed(ids)).cumsum(1) @ self.readout)
