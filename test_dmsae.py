@@ -2331,6 +2331,59 @@ def test_scr_removes_a_planted_correlation():
             ev.scr(A, A, names, bad, torch.eye(4))
 
 
+def naive_accuracy(task, probe, X, A, W_dec, gone=()):
+    """Text by text, of a task's positives and the rest, without the latents `gone`."""
+    hits = []
+    for positive, rows in zip((True, False), task, strict=True):
+        for t in rows:
+            x = X[t] - sum(A[t, k] * W_dec[k] for k in gone)
+            hits.append((x @ probe[:-1] + probe[-1] > 0) == positive)
+    return np.mean(hits)
+
+
+def test_scr_equals_a_naive_reference():
+    """With the same probes, both directions and the metric must equal loops over texts and latents
+    written from SAEBench's definitions."""
+    torch.manual_seed(4)
+    label, spurious = torch.arange(240) % 2, torch.arange(240) // 2 % 2
+    A = torch.rand(240, 12) * (torch.rand(240, 12) < 0.5)
+    A[:, 0] += 0.3 * label
+    A[:, 1] += 0.6 * spurious
+    W_dec = F.normalize(torch.randn(12, 5))
+    X = A @ W_dec + 0.1 * torch.randn(240, 5)
+    names, values = np.array(["a", "b"])[label], np.array(["u", "v"])[spurious]
+    (row,) = ev.scr(X, A, names, values, W_dec, seeds=(3,))["details"]
+    rng, train, test = np.random.default_rng(3), {}, {}
+    for c, v in "au", "av", "bu", "bv":
+        cell = rng.permutation(np.flatnonzero((names == c) & (values == v)))
+        train[c + v], test[c + v] = cell[:48].tolist(), cell[48:].tolist()
+
+    def tasks(part, half):
+        au, av, bu, bv = (part[cell][:half] for cell in ("au", "av", "bu", "bv"))
+        biased = part["au"][: 2 * half], part["bv"][: 2 * half]
+        return [(au + av, bu + bv), (au + bu, av + bv), biased]
+
+    train, test = tasks(train, 24), tasks(test, 6)
+    pairs = [tuple(map(torch.tensor, pair)) for pair in zip(train, test, strict=True)]
+    probes = [ev.train_probe(X, *pair, 3)[0].numpy() for pair in pairs]
+    data = X.numpy(), A.numpy(), W_dec.numpy()
+    before = [naive_accuracy(test[i], probes[2], *data) for i in (0, 1)]
+    assert before[0] != before[1]
+    for n in (2, 5, 500):
+        scores = []
+        for asked, other in (0, 1), (1, 0):
+            w, (on, off) = probes[other][:-1], train[other]
+            effect = (A[on].mean(0) - A[off].mean(0)).numpy() * (data[2] @ w)
+            gone = sorted(range(12), key=lambda k: -abs(effect[k]))[:n]
+            room = naive_accuracy(test[asked], probes[asked], *data) - before[asked]
+            gain = naive_accuracy(test[asked], probes[2], *data, gone) - before[asked]
+            scores.append(gain / room if room >= 0.001 else 0)
+        assert scores == pytest.approx([row[f"scr_dir{i}_threshold_{n}"] for i in (1, 2)], abs=1e-5)
+        assert row[f"scr_metric_threshold_{n}"] == pytest.approx(
+            scores[np.argmin(before)], abs=1e-5
+        )
+
+
 def test_scr_has_no_value_in_a_tie(monkeypatch):
     """Where the biased probe reads class and spurious label equally well there must be no value,
     and a mean must leave it out."""
