@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import tempfile
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache, partial
@@ -45,7 +45,7 @@ class CannotRun(Exception):
 def mean_of(rows):
     """Mean of each figure over rows (dicts), and as figure_std the sample standard deviation. A
     None is left out; None where nothing is left."""
-    rows, out = list(rows), {}
+    out = {}
     for key in rows[0]:
         values = [row[key] for row in rows if row[key] is not None]
         out[key] = float(np.mean(values)) if values else None
@@ -94,8 +94,8 @@ def logistic_regression(x, y, balanced=False):
     dtype, x, y = x.dtype, x.double(), y.double()
     weight = 0.5 / torch.where(y > 0, y.mean(), 1 - y.mean()) if balanced else None
     probe = x.new_zeros(1, x.shape[1] + 1, requires_grad=True)
-    settings = dict(max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-    lbfgs = torch.optim.LBFGS([probe], **settings)
+    words = dict(max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    lbfgs = torch.optim.LBFGS([probe], **words)
 
     def objective():
         lbfgs.zero_grad()
@@ -191,27 +191,23 @@ def core_sums(model, layer, ids, keep, sae):
     x = residual_stream(model, layer, ids)[keep].float()  # (B, D)
     acts = sae.encode(x)  # (B, F)
     x_hat = sae.decode(acts)
-    losses = spliced_losses(model, layer, ids, keep, x_hat)
     x, x_hat = x.double(), x_hat.double()
-    square, square_hat = x.square().sum(1), x_hat.square().sum(1)  # (B,)
+    norm_in, norm_out = x.norm(dim=1), x_hat.norm(dim=1)  # (B,)
     error = (x - x_hat).square().sum(1)
     return dict(
-        tokens=len(x),
-        sources=int(keep[:, :-1].sum()),  # of a next token
-        batches=1,
-        losses=losses,
+        losses=spliced_losses(model, layer, ids, keep, x_hat),
         x=x.sum(0),
-        square=square.sum(),
+        square=norm_in.square().sum(),
         error=error.sum(),
-        bias=square_hat.sum() / (x * x_hat).sum(),
-        fired=(acts > 0).sum(0),
-        l1=acts.sum(dtype=torch.float64),
         explained_variance_legacy=(1 - error / (x - x.mean(0)).square().sum(1)).sum(),
         mse_saebench=error.mean(),
         cossim=F.cosine_similarity(x, x_hat).sum(),
-        l2_norm_in=square.sqrt().sum(),
-        l2_norm_out=square_hat.sqrt().sum(),
-        l2_ratio=(square_hat / square).sqrt().sum(),
+        l2_norm_in=norm_in.sum(),
+        l2_norm_out=norm_out.sum(),
+        l2_ratio=(norm_out / norm_in).sum(),
+        bias=norm_out.square().sum() / (x * x_hat).sum(),
+        fired=(acts > 0).sum(0),
+        l1=acts.sum(dtype=torch.float64),
     )
 
 
@@ -223,8 +219,8 @@ def latent_figures(density, sae):
     freq_over_N_percent, normalized_freq_over_N_percent: latents on at more tokens; of all firing
     average_max_encoder_cosine_sim, average_max_decoder_cosine_sim: to the nearest other latent
     """
-    out = dict(frac_alive=(density > 0).double().mean())
-    out |= dict(l0=density.sum(), core_l0=density[: sae.n_core].sum())
+    alive = (density > 0).double().mean()
+    out = dict(frac_alive=alive, l0=density.sum(), core_l0=density[: sae.n_core].sum())
     for percent in 1, 10:
         often = density > percent / 100
         out[f"freq_over_{percent}_percent"] = often.double().mean()
@@ -257,18 +253,17 @@ def core_metrics(model, layer, ids, keep, sae):
     relative_reconstruction_bias: mean squared norm of the reconstruction over its inner product
     """
     size = max(1, 2048 // ids.shape[1])  # SAEBench's batch: 16 contexts of 128
-    sums = Counter()
-    for part in bar(list(zip(ids.split(size), keep.split(size), strict=True)), "core"):
-        b, kept = (t.to(model.device) for t in part)
+    batches = list(zip(ids.split(size), keep.split(size), strict=True))
+    sums, n = Counter(), int(keep.sum())
+    for b, kept in bar(batches, "core"):
+        b, kept = b.to(model.device), kept.to(model.device)
         sums.update(core_sums(model, layer, b, kept, sae))  # a Counter adds
-    n = sums.pop("tokens")
-    figures = {name: total / n for name, total in sums.items()}  # means, for now with others
-    ce, kl = figures.pop("losses").T  # (3,) each
-    ce = ce / figures.pop("sources")
-    error, square, x = (figures.pop(name) for name in ("error", "square", "x"))
-    bias = figures.pop("bias") / figures.pop("batches")
-    figures |= latent_figures(figures.pop("fired"), sae)
-    figures |= dict(
+    ce, kl = sums["losses"].T
+    ce, kl = ce / int(keep[:, :-1].sum()), kl / n  # (3,) in nats a token
+    error, square, x = sums["error"] / n, sums["square"] / n, sums["x"] / n
+    names = "explained_variance_legacy mse_saebench cossim l1 l2_norm_in l2_norm_out l2_ratio"
+    figures = {name: sums[name] / n for name in names.split()}
+    figures |= latent_figures(sums["fired"] / n, sae) | dict(
         ce_loss_without_sae=ce[0],
         ce_loss_with_ablation=ce[1],
         ce_loss_with_sae=ce[2],
@@ -278,7 +273,7 @@ def core_metrics(model, layer, ids, keep, sae):
         kl_div_score=1 - kl[2] / kl[1],
         fvu=error / (square - x.square().sum()),
         explained_variance_0_6_0=1 - error / (square - (square / len(x)) ** 2),
-        relative_reconstruction_bias=bias,
+        relative_reconstruction_bias=sums["bias"] / len(batches),
     )
     figures = {name: float(t) if t.isfinite() else None for name, t in figures.items()}
     return figures | dict(tokens=n, contexts=len(ids))
@@ -305,7 +300,7 @@ def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
     if len(letter) < 100:
         raise CannotRun(f"the vocabulary has {len(letter)} words of letters only; 100 are needed")
     words = rng.permutation(list(letter))[:n_words]
-    n_train = int(0.8 * len(words))
+    train, test = np.split(words, [int(0.8 * len(words))])
 
     def after(string):
         """Its ids where it follows another word."""
@@ -325,11 +320,11 @@ def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
             prompts.append([*prompt, word])
         return residuals_at(model, layer, prompts)
 
-    train, test = words[:n_train], words[n_train:]
     x_train, x_test, x_fresh = read(train, train), read(test, test), read(test, words)
     y = torch.tensor([letter[word] for word in words], device=model.device)
-    probes = train_letter_probes(x_train, y[:n_train], 64, 1e-4, seed=seed)
-    return Spelling(x_train, y[:n_train], x_test, y[n_train:], x_fresh, probes)
+    y_train, y_test = y[: len(train)], y[len(train) :]
+    probes = train_letter_probes(x_train, y_train, 64, 1e-4, seed=seed)
+    return Spelling(x_train, y_train, x_test, y_test, x_fresh, probes)
 
 
 def f1_score(positive, truth):
@@ -384,8 +379,8 @@ def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
     is_letter = F.one_hot(task.y_test, 26).bool()
     letters = (f1_score(read, is_letter) > MIN_F1).nonzero()[:, 0].tolist()
     if len(letters) < MIN_LETTERS:
-        read = "".join(chr(97 + c) for c in letters) or "none"
-        raise CannotRun(f"of the first letters the layer's probes read {read}, too few")
+        few = f"the layer's probes read {len(letters)} of 26 first letters"
+        raise CannotRun(f"{few}; {MIN_LETTERS} are needed")
     xs = task.x_train, task.x_test, task.x_fresh
     f_train, f_test, f_fresh = (torch.cat([*map(sae.encode, x.split(2048))]) for x in xs)
     W = train_letter_probes(f_train, task.y_train, 4096, 1e-6, 0.01, seed)[:, :-1]
@@ -400,7 +395,7 @@ def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
         full, fraction = (score.float().mean().item() for score in scores)
         row = dict(full_absorption_rate=full, fraction_0_6_0=fraction)
         rows[chr(97 + c)] = row | dict(num_split_features=len(main), main_f1=main_f1)
-    out = mean_of(rows.values())
+    out = mean_of([*rows.values()])
     if out["main_f1"] < MIN_F1:
         raise CannotRun(f"the main latents' mean F1 is {out['main_f1']:.2f}, below {MIN_F1}")
     return out | dict(letters=len(rows), details=rows)
@@ -422,18 +417,20 @@ def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
     """Texts and labels, (n,) str each, of two columns of rows (dicts), about `budget` in all: at
     most 2500 a class (SAEBench: 2000 + 500), no class below 10; and for SCR, where a third column
     is named, the values there, else None. BadInput"""
-    found = []
+    by_class = {}
     for i in np.random.default_rng(seed).permutation(len(rows)):
-        row = [rows[i].get(column) for column in columns]
-        if not {None, ""} & {*row}:
-            found.append([str(value) for value in row])
-    classes = [c for c, n in Counter(row[1] for row in found).items() if n >= 10]
-    if len(classes) < 2:
+        values = [rows[i].get(column) for column in columns]
+        if not {None, ""} & {*values}:
+            by_class.setdefault(str(values[1]), []).append([str(value) for value in values])
+    by_class = [found for found in by_class.values() if len(found) >= 10]
+    if len(by_class) < 2:
         has = ", ".join(map(str, rows[0])) if rows else "no rows"
-        few = f"{len(classes)} classes of 10 texts or more, two are needed; the file has only {has}"
+        few = (
+            f"{len(by_class)} classes of 10 texts or more, two are needed; the file has only {has}"
+        )
         raise BadInput(f"--columns {' '.join(columns)}: {few}")
-    most = min(2500, max(10, budget // len(classes)))
-    found = [row for c in classes for row in [row for row in found if row[1] == c][:most]]
+    most = min(2500, max(10, budget // len(by_class)))
+    found = [row for of_class in by_class for row in of_class[:most]]
     texts, labels, *spurious = np.array(found).T
     return texts, labels, spurious[0] if spurious else None
 
@@ -447,11 +444,11 @@ def pooled(model, layer, tokenizer, sae, texts, ctx=128):
         rows = tokenizer(list(texts[i : i + 32]), add_special_tokens=False, verbose=False)
         ids = padded([special[:1] + row[: ctx - 1] for row in rows["input_ids"]], model.device)
         keep = ~torch.isin(ids, torch.tensor(special, device=ids.device))  # (n, T)
-        share = (keep / keep.sum(1, keepdim=True).clamp_min(1))[:, None]  # (n, 1, T)
-        x = residual_stream(model, layer, ids).float()  # (n, T, D)
-        X.append((share @ x)[:, 0])
-        A.append((share @ sae.encode(x.flatten(0, 1)).unflatten(0, ids.shape))[:, 0])
-    return torch.cat(X), torch.cat(A)
+        for h, kept in zip(residual_stream(model, layer, ids), keep, strict=True):
+            x = h[kept].float()  # (tokens, D)
+            X.append(x.sum(0) / max(1, len(x)))
+            A.append(sae.encode(x).sum(0) / max(1, len(x)))
+    return torch.stack(X), torch.stack(A)
 
 
 def one_vs_rest(labels, seed=0):
@@ -494,7 +491,7 @@ def sparse_probing(X, A, labels, seed=0, ks=(1, 2, 5)):
                 probe = logistic_regression(top[train.flatten()], y)
                 row[f"{name}_top_{k}_test_accuracy"] = accuracy(top, test, probe)
         rows.append(row)
-    return mean_of(rows) | dict(texts=len(labels), details=rows)
+    return mean_of(rows) | dict(texts=len(labels))
 
 
 # ---- TPP and SCR: what a few ablated latents cost probes of the residual stream -----------------
@@ -510,32 +507,6 @@ def ablations(X, A, W_dec, effect):
         yield n, X - A[:, order[:n]] @ W_dec[order[:n]]
 
 
-def tpp_row(X, A, labels, W_dec, seed):
-    """The figures of `tpp` for one seed."""
-    tasks = one_vs_rest(labels, seed)
-    probes = [train_probe(X, train, test, seed) for train, test in tasks]
-    both = list(zip(tasks, probes, strict=True))
-
-    def accuracies(x):  # of all P probes
-        return torch.tensor([accuracy(x, test, probe) for (_, test), probe in both])
-
-    before = accuracies(X)
-    lost = {n: [] for n in ABLATED}
-    for (train, _), probe in both:
-        effect = class_gap(A, train).clamp_min(0) * (W_dec @ probe[0, :-1])
-        for n, x in ablations(X, A, W_dec, effect):
-            lost[n].append(before - accuracies(x))
-    row = dict(probe_accuracy=before.mean().item())
-    for n, rows in lost.items():
-        drop = torch.stack(rows)  # (latents of P classes, probes of P classes)
-        own = drop.diagonal().mean().item()
-        others = drop[~torch.eye(len(drop), dtype=torch.bool)].mean().item()
-        row[f"tpp_threshold_{n}_total_metric"] = own - others
-        row[f"tpp_threshold_{n}_intended"] = own
-        row[f"tpp_threshold_{n}_unintended"] = others
-    return row
-
-
 @torch.no_grad()
 def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
     """Targeted probe perturbation: mean over classes, then over seeds, each with its own split and
@@ -546,19 +517,35 @@ def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
     tpp_threshold_N_unintended: what the other classes' probes lose then
     probe_accuracy: before any ablation
     """
-    rows = [tpp_row(X, A, labels, W_dec, seed) for seed in bar(seeds, "tpp")]
+    rows = []
+    for seed in bar(seeds, "tpp"):
+        tasks = one_vs_rest(labels, seed)
+        probes = [train_probe(X, *task, seed) for task in tasks]
+        before = [accuracy(X, test, probes[c]) for c, (_, test) in enumerate(tasks)]
+        lost = defaultdict(list)
+        for i, (train, _) in enumerate(tasks):
+            effect = class_gap(A, train).clamp_min(0) * (W_dec @ probes[i][0, :-1])
+            for n, x in ablations(X, A, W_dec, effect):
+                for j, (_, test) in enumerate(tasks):
+                    lost[n, i == j].append(before[j] - accuracy(x, test, probes[j]))
+        row = dict(probe_accuracy=np.mean(before))
+        for n in ABLATED:
+            intended, unintended = np.mean(lost[n, True]), np.mean(lost[n, False])
+            row[f"tpp_threshold_{n}_total_metric"] = intended - unintended
+            row[f"tpp_threshold_{n}_intended"] = intended
+            row[f"tpp_threshold_{n}_unintended"] = unintended
+        rows.append(row)
     return mean_of(rows) | dict(seeds=len(rows), details=rows)
 
 
 def scr_cells(labels, spurious, most=4):
-    """The class pairs with the most texts of either spurious value, at least 20: indices of texts
-    (2 classes, 2 values, n) each. CannotRun"""
+    """The pairs of classes a, b with the most texts of spurious values u, v, at least 20 of each:
+    [indices of texts of a with u, a with v, b with u, b with v]. CannotRun"""
     values = [] if spurious is None else sorted(set(spurious))
-    pairs = itertools.combinations(sorted(set(labels)), 2) if len(values) == 2 else ()
     found = []
-    for pair in pairs:
+    for pair in itertools.combinations(sorted(set(labels)), 2):
         cells = [np.flatnonzero((labels == c) & (spurious == v)) for c in pair for v in values]
-        if min(map(len, cells)) >= 20:
+        if len(values) == 2 and min(map(len, cells)) >= 20:
             found.append(cells)
     if not found:
         raise CannotRun("it needs a third column of two values, each in 20 texts of two classes")
@@ -566,34 +553,11 @@ def scr_cells(labels, spurious, most=4):
 
 
 def scr_tasks(texts):
-    """Indices of texts (2 classes, 2 values, n) -> tasks (2, m): class a against b, value u against
-    v, both balanced, and a with u against b with v."""
-    h = texts.shape[2] // 2
-    by_class = texts[..., :h].flatten(1)
-    by_value = texts.transpose(0, 1)[..., :h].flatten(1)
-    return by_class, by_value, torch.stack([texts[0, 0], texts[1, 1]])[:, : 2 * h]
-
-
-def scr_row(X, A, cells, W_dec, seed):
-    """The figures of `scr` for one pair of classes and one seed."""
-    rng = np.random.default_rng(seed)
-    n = min(map(len, cells))
-    texts = torch.tensor(np.array([rng.permutation(cell)[:n] for cell in cells]))
-    parts = texts.view(2, 2, n).split([int(0.8 * n), n - int(0.8 * n)], 2)
-    train, test = map(scr_tasks, parts)
-    *oracles, biased = (train_probe(X, *task, seed) for task in zip(train, test, strict=True))
-    row, before = {}, []
-    for i in 0, 1:  # asked for the class, without latents of the spurious label; and vice versa
-        before.append(accuracy(X, test[i], biased))
-        room = accuracy(X, test[i], oracles[i]) - before[i]
-        effect = class_gap(A, train[1 - i]) * (W_dec @ oracles[1 - i][0, :-1])
-        for n, x in ablations(X, A, W_dec, effect.abs()):
-            gain = accuracy(x, test[i], biased) - before[i]
-            row[f"scr_dir{i + 1}_threshold_{n}"] = gain / room if room >= 0.001 else 0.0
-    lower = None if before[0] == before[1] else before.index(min(before)) + 1
-    for n in ABLATED:
-        row[f"scr_metric_threshold_{n}"] = row.get(f"scr_dir{lower}_threshold_{n}")
-    return row
+    """Indices of texts (4, n), as of `scr_cells`, -> tasks (2, m): class a against b and value u
+    against v, both balanced, and a with u against b with v."""
+    h = texts.shape[1] // 2
+    by_class, by_value = texts[:, :h], texts[[0, 2, 1, 3], :h]
+    return by_class.reshape(2, -1), by_value.reshape(2, -1), texts[[0, 3], : 2 * h]
 
 
 @torch.no_grad()
@@ -607,9 +571,25 @@ def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
     scr_metric_threshold_N: the direction of lower biased accuracy, none in a tie; 1 is best
     scr_dirN_threshold_N: share of the way from biased to oracle accuracy; 0 where it is below .001
     """
-    runs = list(itertools.product(scr_cells(labels, spurious), seeds))
-    rows = [scr_row(X, A, cells, W_dec, seed) for cells, seed in bar(runs, "scr")]
-    return mean_of(rows) | dict(pairs=len(runs) // len(seeds), details=rows)
+    rows, pairs = [], scr_cells(labels, spurious)
+    for cells, seed in bar(list(itertools.product(pairs, seeds)), "scr"):
+        rng = np.random.default_rng(seed)
+        n = min(map(len, cells))
+        texts = torch.tensor(np.array([rng.permutation(cell)[:n] for cell in cells]))
+        train, test = map(scr_tasks, texts.split([int(0.8 * n), n - int(0.8 * n)], 1))
+        *oracles, biased = (train_probe(X, *task, seed) for task in zip(train, test, strict=True))
+        row, before = {}, [accuracy(X, test[i], biased) for i in (0, 1)]
+        for i in 0, 1:  # what the biased probe is asked for: the class, and the spurious label
+            room = accuracy(X, test[i], oracles[i]) - before[i]
+            effect = class_gap(A, train[1 - i]) * (W_dec @ oracles[1 - i][0, :-1])
+            for n, x in ablations(X, A, W_dec, effect.abs()):
+                gain = accuracy(x, test[i], biased) - before[i]
+                row[f"scr_dir{i + 1}_threshold_{n}"] = gain / room if room >= 0.001 else 0.0
+        lower = None if before[0] == before[1] else before.index(min(before)) + 1
+        for n in ABLATED:
+            row[f"scr_metric_threshold_{n}"] = row.get(f"scr_dir{lower}_threshold_{n}")
+        rows.append(row)
+    return mean_of(rows) | dict(pairs=len(pairs), details=rows)
 
 
 # ---- RAVEL: do a few latents carry one attribute of an entity, and no other? --------------------
@@ -638,13 +618,13 @@ def ravel_prompts(tokenizer, facts):
     return prompts
 
 
-def ravel_pairs(prompts, attribute, most, rng):
-    """Pairs (base, source) of prompts -> (pairs, 2), by turns: base asks for the attribute, which
+def ravel_pairs(prompts, known, attribute, most, rng):
+    """Pairs (base, source) of prompts where known (n,) -> (pairs, 2), by turns: base asks for the attribute, which
     shall change; for another one, which shall not. The two entities differ in the attribute."""
     value = np.array([str(p.facts.get(attribute)) for p in prompts])
     answer = np.array([p.answer for p in prompts])
     own = np.array([p.asked == attribute for p in prompts])
-    fits = (value[:, None] != value) & own
+    fits = (value[:, None] != value) & known[:, None] & (known & own)
     changes = fits & own[:, None] & (answer[:, None] != answer)  # else no change could be seen
     halves = [rng.permutation(np.argwhere(kind)) for kind in (changes, fits & ~own[:, None])]
     m = min(most // 2, *map(len, halves))
@@ -667,13 +647,6 @@ def train_mask(swap, pairs, expect, n_latents, rng):
     return b.detach() > 0
 
 
-def next_logits(model, layer, prompts, edit):
-    """Logits of the token after each prompt (b, V), the layer's output h replaced by edit(h)."""
-    ids = padded([p.ids for p in prompts], model.device)
-    last = [len(p.ids) - 1 for p in prompts]
-    return edited_logits(model, layer, ids, edit)[torch.arange(len(ids)), last].float()
-
-
 @torch.no_grad()
 def ravel(model, layer, sae, prompts, most=5000, seed=0):
     """RAVEL (Huang et al. 2024, arXiv 2402.17700) by a learnt mask: at the entity's last token the
@@ -685,43 +658,43 @@ def ravel(model, layer, sae, prompts, most=5000, seed=0):
     isolation_score: share of pairs about other attributes that keep their own
     latents: how many are swapped, mean over attributes
     """
-    known = []
-    for i in range(0, len(prompts), 64):
-        part = prompts[i : i + 64]
-        says = next_logits(model, layer, part, lambda h: h).argmax(1).tolist()
-        known += [p for p, token in zip(part, says, strict=True) if token == p.answer]
-    few = f"the model answers {len(known)} of {len(prompts)} prompts of --ravel FILE.json: too few"
-    if not known:
-        raise CannotRun(few)
-    x = residuals_at(model, layer, [p.ids[: p.at + 1] for p in known])  # (n, D)
+    if not prompts:
+        raise CannotRun("it needs facts whose words end where tokens end: --ravel FILE.json")
+    ids = padded([p.ids for p in prompts], model.device)
+    at, last, answer = torch.tensor([(p.at, len(p.ids) - 1, p.answer) for p in prompts]).T
+    x = residuals_at(model, layer, [p.ids[: p.at + 1] for p in prompts])  # (n, D)
+
+    def ask(which, edit):  # -> logits of the next token (b, V)
+        logits = edited_logits(model, layer, ids[which], edit)
+        return logits[torch.arange(len(which)), last[which]].float()
 
     def swap(pairs, mask):
         base, source = pairs.T
         f_base, f_source = sae.encode(x[base]), sae.encode(x[source])  # (b, F)
         new = sae.decode(f_base + mask * (f_source - f_base))
-        bases = [known[i] for i in base]
-        where = torch.arange(len(bases)), torch.tensor([p.at for p in bases])
-        return next_logits(model, layer, bases, lambda h: h.index_put(where, new.to(h.dtype)))
+        where = torch.arange(len(base)), at[base]
+        return ask(base, lambda h: h.index_put(where, new.to(h.dtype)))
 
-    rng = np.random.default_rng(seed)
+    parts = torch.arange(len(ids)).split(64)
+    says = torch.cat([ask(part, lambda h: h).argmax(1).cpu() for part in parts])
+    known, rng = (says == answer).numpy(), np.random.default_rng(seed)
     rows = {}
-    for attribute in dict.fromkeys(p.asked for p in known):
-        pairs = ravel_pairs(known, attribute, most, rng)
+    for attribute in dict.fromkeys(p.asked for p in prompts):
+        pairs = ravel_pairs(prompts, known, attribute, most, rng)
         if len(pairs) >= 20:
-            changes = torch.arange(len(pairs)) % 2 == 0
-            wanted = torch.where(changes, pairs[:, 1], pairs[:, 0])
-            answer = torch.tensor([known[i].answer for i in wanted], device=x.device)
             n = int(0.7 * len(pairs))
-            mask = train_mask(swap, pairs[:n], answer[:n], len(sae.W_enc), rng)
-            says = torch.cat([swap(part, mask).argmax(1) for part in pairs[n:].split(64)])
-            right = (says == answer[n:]).double()
+            changes = torch.arange(len(pairs)) % 2 == 0
+            expect = answer[torch.where(changes, pairs[:, 1], pairs[:, 0])]
+            mask = train_mask(swap, pairs[:n], expect[:n].to(x.device), len(sae.W_enc), rng)
+            says = torch.cat([swap(part, mask).argmax(1).cpu() for part in pairs[n:].split(64)])
+            right = (says == expect[n:]).double()
             cause, isolation = (right[changes[n:] == kind].mean().item() for kind in (True, False))
             row = dict(disentanglement_score=(cause + isolation) / 2, latents=int(mask.sum()))
             rows[attribute] = row | dict(cause_score=cause, isolation_score=isolation)
     if not rows:
-        raise CannotRun(few)
-    counts = dict(prompts=len(prompts), prompts_known=len(known))
-    return mean_of(rows.values()) | counts | dict(details=rows)
+        raise CannotRun(f"the model answers {known.sum()} of {len(known)} prompts: too few")
+    counts = dict(prompts=len(known), prompts_known=int(known.sum()))
+    return mean_of([*rows.values()]) | counts | dict(details=rows)
 
 
 # -------------------------------------------------------------------------------------------------
