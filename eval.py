@@ -64,16 +64,18 @@ def padded(rows, device):
     return pad_sequence([torch.tensor(row) for row in rows], True, rows[0][0]).to(device)
 
 
-def residuals_at(model, layer, prompts):
-    """Residual stream at the last token of prompts (lists of ids): (n, D). What would follow cannot
-    change it."""
-    x = []
-    for i in bar(range(0, len(prompts), 64), "prompts"):
-        part = prompts[i : i + 64]
+def residuals(model, layer, rows):
+    """The residual stream of each of rows, lists of ids, in turn: (its length, D)"""
+    for i in bar(range(0, len(rows), 64), "residuals"):
+        part = rows[i : i + 64]
         h = residual_stream(model, layer, padded(part, model.device))
-        last = [len(prompt) - 1 for prompt in part]
-        x.append(h[torch.arange(len(h)), last].float())
-    return torch.cat(x)
+        for row, x in zip(part, h, strict=True):
+            yield x[: len(row)].float()
+
+
+def last_residuals(model, layer, rows):
+    """Those at the last token of each row: (n, D). What would follow cannot change them."""
+    return torch.stack([x[-1].clone() for x in residuals(model, layer, rows)])
 
 
 def edited_logits(model, layer, ids, edit):
@@ -94,8 +96,8 @@ def logistic_regression(x, y, balanced=False):
     dtype, x, y = x.dtype, x.double(), y.double()
     weight = 0.5 / torch.where(y > 0, y.mean(), 1 - y.mean()) if balanced else None
     probe = x.new_zeros(1, x.shape[1] + 1, requires_grad=True)
-    words = dict(max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-    lbfgs = torch.optim.LBFGS([probe], **words)
+    settings = dict(max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    lbfgs = torch.optim.LBFGS([probe], **settings)
 
     def objective():
         lbfgs.zero_grad()
@@ -234,9 +236,8 @@ def latent_figures(density, sae):
 
 @torch.no_grad()
 def core_metrics(model, layer, ids, keep, sae):
-    """SAEBench's core evaluation on contexts ids (R, T). Positions outside keep (R, T) keep their
-    residual; the ablation zeroes all. None is a 0 / 0. For a prefix of w latents, the core too:
-    sae.threshold[w:] = math.inf
+    """Core evaluation on contexts ids (R, T). Positions outside keep (R, T) stay as they are; the
+    ablation zeroes all. None is a 0 / 0. For a prefix of w latents: sae.threshold[w:] = math.inf
 
     ce_loss_without_sae, ce_loss_with_sae: next-token loss without and with the SAE, nats a token
     ce_loss_with_ablation, kl_div_with_ablation: loss and divergence with the layer's output zeroed
@@ -254,27 +255,26 @@ def core_metrics(model, layer, ids, keep, sae):
     """
     size = max(1, 2048 // ids.shape[1])  # SAEBench's batch: 16 contexts of 128
     batches = list(zip(ids.split(size), keep.split(size), strict=True))
-    sums, n = Counter(), int(keep.sum())
+    sums = Counter()
     for b, kept in bar(batches, "core"):
         b, kept = b.to(model.device), kept.to(model.device)
         sums.update(core_sums(model, layer, b, kept, sae))  # a Counter adds
-    ce, kl = sums["losses"].T
-    ce, kl = ce / int(keep[:, :-1].sum()), kl / n  # (3,) in nats a token
+    n = int(keep.sum())
     error, square, x = sums["error"] / n, sums["square"] / n, sums["x"] / n
     names = "explained_variance_legacy mse_saebench cossim l1 l2_norm_in l2_norm_out l2_ratio"
-    figures = {name: sums[name] / n for name in names.split()}
-    figures |= latent_figures(sums["fired"] / n, sae) | dict(
-        ce_loss_without_sae=ce[0],
-        ce_loss_with_ablation=ce[1],
-        ce_loss_with_sae=ce[2],
-        ce_loss_score=(ce[1] - ce[2]) / (ce[1] - ce[0]),
-        kl_div_with_ablation=kl[1],
-        kl_div_with_sae=kl[2],
-        kl_div_score=1 - kl[2] / kl[1],
-        fvu=error / (square - x.square().sum()),
-        explained_variance_0_6_0=1 - error / (square - (square / len(x)) ** 2),
-        relative_reconstruction_bias=sums["bias"] / len(batches),
+    figures = {name: sums[name] / n for name in names.split()} | latent_figures(
+        sums["fired"] / n, sae
     )
+    figures["fvu"] = error / (square - x.square().sum())
+    figures["explained_variance_0_6_0"] = 1 - error / (square - (square / len(x)) ** 2)
+    figures["relative_reconstruction_bias"] = sums["bias"] / len(batches)
+    ce, kl = sums["losses"].T
+    ce, kl = ce / int(keep[:, :-1].sum()), kl / n  # (3,) each, nats a token
+    figures["ce_loss_without_sae"] = ce[0]
+    for name, (own, zeroed, with_sae) in ("ce_loss", ce), ("kl_div", kl):
+        figures[f"{name}_with_ablation"] = zeroed
+        figures[f"{name}_with_sae"] = with_sae
+        figures[f"{name}_score"] = (zeroed - with_sae) / (zeroed - own)
     figures = {name: float(t) if t.isfinite() else None for name, t in figures.items()}
     return figures | dict(tokens=n, contexts=len(ids))
 
@@ -318,7 +318,7 @@ def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
             for example in examples[examples != word][:10]:
                 prompt += [example, *rest_of_line[letter[example]]]
             prompts.append([*prompt, word])
-        return residuals_at(model, layer, prompts)
+        return last_residuals(model, layer, prompts)
 
     x_train, x_test, x_fresh = read(train, train), read(test, test), read(test, words)
     y = torch.tensor([letter[word] for word in words], device=model.device)
@@ -365,9 +365,9 @@ def absorption_scores(f, x, W_dec, w, main):
 
 @torch.no_grad()
 def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
-    """First-letter absorption (Chanin et al. 2024, arXiv 2409.14507). Main latents of a letter are
-    the largest weights of an L1 probe. CannotRun where the residual's probes read too few letters
-    with F1 > .6; ours: or where the main latents' mean F1 is below, as the figure would be theirs.
+    """First-letter absorption (Chanin et al. 2024, arXiv 2409.14507). CannotRun where too few
+    letters are read from the residual with F1 > .6; ours: or where the main latents' mean F1 is
+    below, as the figure would be theirs.
 
     full_absorption_rate: share of words whose main latents are silent while one other fires
     fraction_0_6_0: how much of the letter comes from others, as SAEBench 0.6.0 has it
@@ -422,16 +422,13 @@ def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
         values = [rows[i].get(column) for column in columns]
         if not {None, ""} & {*values}:
             by_class.setdefault(str(values[1]), []).append([str(value) for value in values])
-    by_class = [found for found in by_class.values() if len(found) >= 10]
-    if len(by_class) < 2:
+    classes = [found for found in by_class.values() if len(found) >= 10]
+    if len(classes) < 2:
         has = ", ".join(map(str, rows[0])) if rows else "no rows"
-        few = (
-            f"{len(by_class)} classes of 10 texts or more, two are needed; the file has only {has}"
-        )
+        few = f"{len(classes)} classes of 10 texts or more, two are needed; the file has only {has}"
         raise BadInput(f"--columns {' '.join(columns)}: {few}")
-    most = min(2500, max(10, budget // len(by_class)))
-    found = [row for of_class in by_class for row in of_class[:most]]
-    texts, labels, *spurious = np.array(found).T
+    most = min(2500, max(10, budget // len(classes)))
+    texts, labels, *spurious = np.array(sum((found[:most] for found in classes), [])).T
     return texts, labels, spurious[0] if spurious else None
 
 
@@ -439,15 +436,13 @@ def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
 def pooled(model, layer, tokenizer, sae, texts, ctx=128):
     """Means over each text's kept tokens of residual and latents: X (n, D), A (n, F)."""
     special = special_tokens(tokenizer)
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [special[:1] + row[: ctx - 1] for row in rows]
     X, A = [], []
-    for i in bar(range(0, len(texts), 32), "texts"):
-        rows = tokenizer(list(texts[i : i + 32]), add_special_tokens=False, verbose=False)
-        ids = padded([special[:1] + row[: ctx - 1] for row in rows["input_ids"]], model.device)
-        keep = ~torch.isin(ids, torch.tensor(special, device=ids.device))  # (n, T)
-        for h, kept in zip(residual_stream(model, layer, ids), keep, strict=True):
-            x = h[kept].float()  # (tokens, D)
-            X.append(x.sum(0) / max(1, len(x)))
-            A.append(sae.encode(x).sum(0) / max(1, len(x)))
+    for row, x in zip(rows, residuals(model, layer, rows), strict=True):
+        x = x[torch.tensor([i not in special for i in row])]  # (tokens, D)
+        X.append(x.sum(0) / max(1, len(x)))
+        A.append(sae.encode(x).sum(0) / max(1, len(x)))
     return torch.stack(X), torch.stack(A)
 
 
@@ -491,7 +486,7 @@ def sparse_probing(X, A, labels, seed=0, ks=(1, 2, 5)):
                 probe = logistic_regression(top[train.flatten()], y)
                 row[f"{name}_top_{k}_test_accuracy"] = accuracy(top, test, probe)
         rows.append(row)
-    return mean_of(rows) | dict(texts=len(labels))
+    return mean_of(rows)
 
 
 # ---- TPP and SCR: what a few ablated latents cost probes of the residual stream -----------------
@@ -535,7 +530,7 @@ def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
             row[f"tpp_threshold_{n}_intended"] = intended
             row[f"tpp_threshold_{n}_unintended"] = unintended
         rows.append(row)
-    return mean_of(rows) | dict(seeds=len(rows), details=rows)
+    return mean_of(rows) | dict(details=rows)
 
 
 def scr_cells(labels, spurious, most=4):
@@ -571,14 +566,16 @@ def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
     scr_metric_threshold_N: the direction of lower biased accuracy, none in a tie; 1 is best
     scr_dirN_threshold_N: share of the way from biased to oracle accuracy; 0 where it is below .001
     """
-    rows, pairs = [], scr_cells(labels, spurious)
-    for cells, seed in bar(list(itertools.product(pairs, seeds)), "scr"):
+    runs = list(itertools.product(scr_cells(labels, spurious), seeds))
+    rows = []
+    for cells, seed in bar(runs, "scr"):
         rng = np.random.default_rng(seed)
         n = min(map(len, cells))
         texts = torch.tensor(np.array([rng.permutation(cell)[:n] for cell in cells]))
         train, test = map(scr_tasks, texts.split([int(0.8 * n), n - int(0.8 * n)], 1))
         *oracles, biased = (train_probe(X, *task, seed) for task in zip(train, test, strict=True))
-        row, before = {}, [accuracy(X, test[i], biased) for i in (0, 1)]
+        before = [accuracy(X, test[i], biased) for i in (0, 1)]
+        row = {}
         for i in 0, 1:  # what the biased probe is asked for: the class, and the spurious label
             room = accuracy(X, test[i], oracles[i]) - before[i]
             effect = class_gap(A, train[1 - i]) * (W_dec @ oracles[1 - i][0, :-1])
@@ -589,7 +586,7 @@ def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
         for n in ABLATED:
             row[f"scr_metric_threshold_{n}"] = row.get(f"scr_dir{lower}_threshold_{n}")
         rows.append(row)
-    return mean_of(rows) | dict(pairs=len(pairs), details=rows)
+    return mean_of(rows) | dict(pairs=len(runs) // len(seeds), details=rows)
 
 
 # ---- RAVEL: do a few latents carry one attribute of an entity, and no other? --------------------
@@ -619,8 +616,8 @@ def ravel_prompts(tokenizer, facts):
 
 
 def ravel_pairs(prompts, known, attribute, most, rng):
-    """Pairs (base, source) of prompts where known (n,) -> (pairs, 2), by turns: base asks for the attribute, which
-    shall change; for another one, which shall not. The two entities differ in the attribute."""
+    """Pairs (base, source) of prompts where known (n,) -> (pairs, 2), whose entities differ in the
+    attribute. By turns: base asks for it, which shall change; for another, which shall not."""
     value = np.array([str(p.facts.get(attribute)) for p in prompts])
     answer = np.array([p.answer for p in prompts])
     own = np.array([p.asked == attribute for p in prompts])
@@ -638,8 +635,8 @@ def train_mask(swap, pairs, expect, n_latents, rng):
     (ours); then b > 0."""
     b = torch.zeros(n_latents, device=expect.device, requires_grad=True)
     adam = torch.optim.Adam([b], lr=1e-3)
-    epochs = [torch.from_numpy(rng.permutation(len(pairs))) for _ in range(2)]
-    steps = [part for epoch in epochs for part in epoch.split(32)]
+    epochs = [torch.from_numpy(rng.permutation(len(pairs))).split(32) for _ in range(2)]
+    steps = list(itertools.chain(*epochs))
     for part, T in zip(bar(steps, "ravel"), np.geomspace(1, 1e-4, len(steps)), strict=True):
         loss = F.cross_entropy(swap(pairs[part], torch.sigmoid(b / T)), expect[part])
         (b.grad,) = torch.autograd.grad(loss, b)  # the model and the SAE get none
@@ -662,7 +659,7 @@ def ravel(model, layer, sae, prompts, most=5000, seed=0):
         raise CannotRun("it needs facts whose words end where tokens end: --ravel FILE.json")
     ids = padded([p.ids for p in prompts], model.device)
     at, last, answer = torch.tensor([(p.at, len(p.ids) - 1, p.answer) for p in prompts]).T
-    x = residuals_at(model, layer, [p.ids[: p.at + 1] for p in prompts])  # (n, D)
+    x = last_residuals(model, layer, [p.ids[: p.at + 1] for p in prompts])  # (n, D)
 
     def ask(which, edit):  # -> logits of the next token (b, V)
         logits = edited_logits(model, layer, ids[which], edit)
@@ -677,7 +674,8 @@ def ravel(model, layer, sae, prompts, most=5000, seed=0):
 
     parts = torch.arange(len(ids)).split(64)
     says = torch.cat([ask(part, lambda h: h).argmax(1).cpu() for part in parts])
-    known, rng = (says == answer).numpy(), np.random.default_rng(seed)
+    known = (says == answer).numpy()
+    rng = np.random.default_rng(seed)
     rows = {}
     for attribute in dict.fromkeys(p.asked for p in prompts):
         pairs = ravel_pairs(prompts, known, attribute, most, rng)
@@ -693,8 +691,7 @@ def ravel(model, layer, sae, prompts, most=5000, seed=0):
             rows[attribute] = row | dict(cause_score=cause, isolation_score=isolation)
     if not rows:
         raise CannotRun(f"the model answers {known.sum()} of {len(known)} prompts: too few")
-    counts = dict(prompts=len(known), prompts_known=int(known.sum()))
-    return mean_of([*rows.values()]) | counts | dict(details=rows)
+    return mean_of([*rows.values()]) | dict(prompts_known=int(known.sum()), details=rows)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -2439,7 +2439,7 @@ def test_ravel_disentangles_a_planted_attribute(monkeypatch):
     monkeypatch.setattr(torch, "sigmoid", see)
     sae = ready_sae(torch.eye(6)[:4], torch.eye(6)[:4])
     r = ev.ravel(model, 0, sae, prompts)
-    assert r["prompts"] == r["prompts_known"] == 16
+    assert r["prompts_known"] == 16
     assert list(r["details"]) == ["colour", "size"]
     for row in r["details"].values():
         assert row["cause_score"] == row["isolation_score"] == row["disentanglement_score"] == 1
@@ -2619,7 +2619,7 @@ def test_letter_prompts_are_as_documented(monkeypatch):
         seen.extend(prompts)
         return torch.stack([model.embed.weight[prompt[-1]] for prompt in prompts])
 
-    monkeypatch.setattr(ev, "residuals_at", read)
+    monkeypatch.setattr(ev, "last_residuals", read)
     tokenizer.ids["\n"] = 1
     ev.spelling_task(model, 0, tokenizer)
     tail = [tokenizer.ids[w] for w in "has the first letter:".split()]
