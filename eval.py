@@ -172,14 +172,14 @@ def spliced_losses(model, layer, ids, keep, x_hat):
     model's own prediction, in nats, of the model itself, with the layer's output zeroed, and with
     x_hat (B, D) at these positions: (3, 2)"""
 
-    def put_back(h):
+    def put_back(h):  # positions outside keep stay as they are
         return h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
 
     reference = edited_logits(model, layer, ids, lambda h: h)  # (R, T, V)
     sums = torch.zeros(3, 2, dtype=torch.float64, device=reference.device)
     for edit, (ce, kl) in zip((lambda h: h, torch.zeros_like, put_back), sums, strict=True):
         logits = edited_logits(model, layer, ids, edit)
-        for q, p, row, kept in zip(logits, reference, ids, keep, strict=True):  # V may be 256,000
+        for q, p, row, kept in zip(logits, reference, ids, keep, strict=True):  # V: up to 256,000
             q, p = (t.float().log_softmax(-1) for t in (q, p))
             source = kept[:-1]
             ce += F.nll_loss(q[:-1][source], row[1:][source], reduction="sum")
@@ -192,8 +192,7 @@ def core_sums(model, layer, ids, keep, sae):
     float64: sums of squares minus squared sums lose float32's digits."""
     x = residual_stream(model, layer, ids)[keep].float()  # (B, D)
     acts = sae.encode(x)  # (B, F)
-    x_hat = sae.decode(acts)
-    x, x_hat = x.double(), x_hat.double()
+    x, x_hat = x.double(), sae.decode(acts).double()
     norm_in, norm_out = x.norm(dim=1), x_hat.norm(dim=1)  # (B,)
     error = (x - x_hat).square().sum(1)
     return dict(
@@ -262,9 +261,8 @@ def core_metrics(model, layer, ids, keep, sae):
     n = int(keep.sum())
     error, square, x = sums["error"] / n, sums["square"] / n, sums["x"] / n
     names = "explained_variance_legacy mse_saebench cossim l1 l2_norm_in l2_norm_out l2_ratio"
-    figures = {name: sums[name] / n for name in names.split()} | latent_figures(
-        sums["fired"] / n, sae
-    )
+    figures = latent_figures(sums["fired"] / n, sae)
+    figures |= {name: sums[name] / n for name in names.split()}
     figures["fvu"] = error / (square - x.square().sum())
     figures["explained_variance_0_6_0"] = 1 - error / (square - (square / len(x)) ** 2)
     figures["relative_reconstruction_bias"] = sums["bias"] / len(batches)
@@ -570,9 +568,9 @@ def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
     rows = []
     for cells, seed in bar(runs, "scr"):
         rng = np.random.default_rng(seed)
-        n = min(map(len, cells))
-        texts = torch.tensor(np.array([rng.permutation(cell)[:n] for cell in cells]))
-        train, test = map(scr_tasks, texts.split([int(0.8 * n), n - int(0.8 * n)], 1))
+        size = min(map(len, cells))
+        texts = torch.tensor(np.array([rng.permutation(cell)[:size] for cell in cells]))
+        train, test = map(scr_tasks, texts.tensor_split([int(0.8 * size)], 1))
         *oracles, biased = (train_probe(X, *task, seed) for task in zip(train, test, strict=True))
         before = [accuracy(X, test[i], biased) for i in (0, 1)]
         row = {}
@@ -635,8 +633,8 @@ def train_mask(swap, pairs, expect, n_latents, rng):
     (ours); then b > 0."""
     b = torch.zeros(n_latents, device=expect.device, requires_grad=True)
     adam = torch.optim.Adam([b], lr=1e-3)
-    epochs = [torch.from_numpy(rng.permutation(len(pairs))).split(32) for _ in range(2)]
-    steps = list(itertools.chain(*epochs))
+    epochs = (torch.from_numpy(rng.permutation(len(pairs))) for _ in range(2))
+    steps = [part for epoch in epochs for part in epoch.split(32)]
     for part, T in zip(bar(steps, "ravel"), np.geomspace(1, 1e-4, len(steps)), strict=True):
         loss = F.cross_entropy(swap(pairs[part], torch.sigmoid(b / T)), expect[part])
         (b.grad,) = torch.autograd.grad(loss, b)  # the model and the SAE get none
