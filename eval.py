@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import tempfile
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache, partial
@@ -42,11 +42,11 @@ class CannotRun(Exception):
     """Why a metric has no value here."""
 
 
-def mean_of(rows, keys):
-    """Mean of each key over rows (dicts), and as key_std the sample standard deviation. A None is
-    left out; None where nothing is left."""
+def mean_of(rows):
+    """Mean of each figure over rows (dicts), and as figure_std the sample standard deviation. A
+    None is left out; None where nothing is left."""
     out = {}
-    for key in keys:
+    for key in rows[0]:
         values = [row[key] for row in rows if row[key] is not None]
         out[key] = float(np.mean(values)) if values else None
         out[f"{key}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -64,16 +64,18 @@ def padded(rows, device):
     return pad_sequence([torch.tensor(row) for row in rows], True, rows[0][0]).to(device)
 
 
-def residuals_at(model, layer, prompts, at):
-    """Residual stream of prompts (lists of ids) at one position each, at (n,): (n, D). CannotRun"""
-    size, x = max(map(len, prompts)), []
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", size)
-    if size > limit:
-        raise CannotRun(f"a prompt of {size} tokens is longer than the model's contexts of {limit}")
-    for i in bar(range(0, len(prompts), 64), "prompts"):
-        h = residual_stream(model, layer, padded(prompts[i : i + 64], model.device))
-        x.append(h[torch.arange(len(h)), at[i : i + 64]].float())
-    return torch.cat(x)
+def residuals(model, layer, rows):
+    """The residual stream of each of rows, lists of ids, in turn: (its length, D)"""
+    for i in bar(range(0, len(rows), 64), "residuals"):
+        part = rows[i : i + 64]
+        h = residual_stream(model, layer, padded(part, model.device))
+        for row, x in zip(part, h, strict=True):
+            yield x[: len(row)].float()
+
+
+def last_residuals(model, layer, rows):
+    """Those at the last token of each row: (n, D). What would follow cannot change them."""
+    return torch.stack([x[-1].clone() for x in residuals(model, layer, rows)])
 
 
 def edited_logits(model, layer, ids, edit):
@@ -82,9 +84,7 @@ def edited_logits(model, layer, ids, edit):
         return model(ids, use_cache=False).logits
 
 
-# -------------------------------------------------------------------------------------------------
-# Probes, as SAEBench trains them. A probe is its weights, and then its bias: (d + 1,)
-# -------------------------------------------------------------------------------------------------
+# ---- Probes, as SAEBench trains them. A probe is its weights, and then its bias: (d + 1,) --------
 def probe_logits(x, probes):
     """x (n, d), probes (P, d + 1) -> (n, P)"""
     return F.linear(x, probes[:, :-1], probes[:, -1])
@@ -94,17 +94,16 @@ def logistic_regression(x, y, balanced=False):
     """scikit-learn's (L2, C = 1), by LBFGS in float64. balanced: both classes weigh alike.
     x (n, d), y (n,) bool -> one probe, (1, d + 1)"""
     dtype, x, y = x.dtype, x.double(), y.double()
-    of_class = torch.where(y > 0, y.mean(), 1 - y.mean())
-    weight = 0.5 / of_class if balanced else None
+    weight = 0.5 / torch.where(y > 0, y.mean(), 1 - y.mean()) if balanced else None
     probe = x.new_zeros(1, x.shape[1] + 1, requires_grad=True)
-    words = dict(max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-    lbfgs = torch.optim.LBFGS([probe], **words)
+    settings = dict(max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    lbfgs = torch.optim.LBFGS([probe], **settings)
 
     def objective():
         lbfgs.zero_grad()
         logits = probe_logits(x, probe)[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum")
-        loss = loss + probe[:, :-1].pow(2).sum() / 2
+        loss = loss + probe[:, :-1].square().sum() / 2
         loss.backward()
         return loss
 
@@ -113,134 +112,103 @@ def logistic_regression(x, y, balanced=False):
 
 
 @torch.enable_grad()
+def train_epoch(probes, adam, x, y, batch, rng, l1, pos_weight=None):
+    """One epoch of probes (P, d + 1) in batches: BCE + l1 times the mean over probes of |w|_1.
+    x (n, d), y (n, P)"""
+    for at in torch.randperm(len(x), generator=rng).to(x.device).split(batch):
+        logits = probe_logits(x[at], probes)
+        loss = F.binary_cross_entropy_with_logits(logits, y[at], pos_weight=pos_weight)
+        adam.zero_grad()
+        (loss + l1 * probes[:, :-1].abs().sum(1).mean()).backward()
+        adam.step()
+
+
 def train_letter_probes(x, y, batch, weight_decay, l1=0.0, seed=0):
-    """A one-vs-rest probe for each letter: BCE, positives weighted by negatives / positives, plus
-    l1 times the mean over letters of |w|_1; Adam, 50 epochs, rate 1e-2 falling to 1e-5.
-    x (n, d), y (n,) in 0..25 -> (26, d + 1)
+    """A one-vs-rest probe for each letter, positives weighted by negatives / positives: Adam, 50
+    epochs, rate 1e-2 falling to 1e-5. x (n, d), y (n,) in 0..25 -> (26, d + 1)
 
     Ours: at least 20 batches an epoch, so 1000 steps, about what SAEBench's vocabularies give. With
     few words its L1 probe, in batches of 4096, would end after 50, and absorption measure that."""
-    rng, target = dmsae.generator(seed, "letters"), F.one_hot(y, 26).float()
-    rare = len(y) / target.sum(0).clamp_min(1) - 1  # (26,)
+    rng = dmsae.generator(seed, "letters")
+    is_letter = F.one_hot(y, 26).float()
+    rare = len(y) / is_letter.sum(0).clamp_min(1) - 1  # (26,)
     probes = x.new_zeros(26, x.shape[1] + 1, requires_grad=True)
     adam = torch.optim.Adam([probes], weight_decay=weight_decay)
     batch = min(batch, max(1, len(x) // 20))
     for epoch in range(50):
         adam.param_groups[0]["lr"] = 1e-2 * 1e-3 ** (epoch / 50)
-        for at in torch.randperm(len(x), generator=rng).to(x.device).split(batch):
-            logits = probe_logits(x[at], probes)
-            loss = F.binary_cross_entropy_with_logits(logits, target[at], pos_weight=rare)
-            adam.zero_grad()
-            (loss + l1 * probes[:, :-1].abs().sum(1).mean()).backward()
-            adam.step()
+        train_epoch(probes, adam, x, is_letter, batch, rng, l1, rare)
     return probes.detach()
 
 
-def accuracy(x, test, probes, change=0):
-    """Accuracy (P,) of each of P probes on its own rows test (P, 2, m) of x (n, d), positives
-    first; change (P, 2, m) is added to the logits."""
-    logits = torch.einsum("pymd,pd->pym", x[test], probes[:, :-1]) + probes[:, -1, None, None]
-    truth = torch.tensor([[True], [False]], device=x.device)
-    return ((logits + change > 0) == truth).float().mean((1, 2))
+def is_positive(task, device):
+    """Of a task (2, m), indices of positives and then of the rest: (2 m,) bool"""
+    return torch.arange(task.numel(), device=device) < task.shape[1]
 
 
-@torch.enable_grad()
-def train_probes(x, train, test, seed=0):
-    """P probes at once, for TPP and SCR: BCE + 1e-3 |w|_1, AdamW at 1e-3, batches of 16, 20 epochs;
-    of each probe the epoch of its best test accuracy. x (n, d); train, test (P, 2, m): indices of
-    x, positives first -> (P, d + 1)"""
-    rng, (P, _, m), epochs = dmsae.generator(seed, "probes"), train.shape, []
-    y = (torch.arange(2 * m, device=x.device) < m).float()
-    probes = x.new_zeros(P, x.shape[1] + 1, requires_grad=True)
-    adam = torch.optim.AdamW([probes], lr=1e-3)
+def accuracy(x, test, probe):
+    """Accuracy of one probe on a task (2, m) of x (n, d): a float"""
+    says = probe_logits(x[test.flatten()], probe)[:, 0] > 0
+    return (says == is_positive(test, x.device)).float().mean().item()
+
+
+def train_probe(x, train, test, seed=0):
+    """A probe for TPP and SCR: AdamW at 1e-3, L1 1e-3, batches of 16, of 20 epochs that of the best
+    test accuracy. x (n, d), train and test tasks (2, m) of it -> (1, d + 1)"""
+    rng = dmsae.generator(seed, "probes")
+    y = is_positive(train, x.device).float()[:, None]
+    probe = x.new_zeros(1, x.shape[1] + 1, requires_grad=True)
+    adam = torch.optim.AdamW([probe], lr=1e-3)
+    epochs = []
     for _ in range(20):
-        for at in torch.randperm(2 * m, generator=rng).to(x.device).split(16):
-            rows = x[train.flatten(1)[:, at]]  # (P, 16, d)
-            logits = torch.einsum("pbd,pd->pb", rows, probes[:, :-1]) + probes[:, -1:]
-            loss = F.binary_cross_entropy_with_logits(logits, y[at].expand(P, -1))
-            adam.zero_grad()
-            (P * loss + 1e-3 * probes[:, :-1].abs().sum()).backward()
-            adam.step()
-        epochs.append(probes.detach().clone())
-    best = torch.stack([accuracy(x, test, epoch) for epoch in epochs]).argmax(0)  # (P,)
-    return torch.stack(epochs)[best, torch.arange(P)]
+        train_epoch(probe, adam, x[train.flatten()], y, 16, rng, 1e-3)
+        epochs.append((accuracy(x, test, probe), probe.detach().clone()))
+    return max(epochs, key=lambda epoch: epoch[0])[1]
 
 
-# -------------------------------------------------------------------------------------------------
-# Core: what the language model loses, what the reconstruction loses, how sparse it is
-# -------------------------------------------------------------------------------------------------
-def next_token_sums(logits, reference, ids, keep):
-    """Sums over the positions keep (R, T) of the next-token loss and of KL(reference || logits), in
-    nats. logits, reference (R, T, V). A few positions at a time: Gemma has 256,000 logits each."""
-    T, V = logits.shape[1:]
-    ce = kl = 0.0
-    for at in keep.flatten().nonzero()[:, 0].split(max(1, 2**25 // V)):  # 128 MiB a tensor
-        q, p = (t.flatten(0, 1)[at].float().log_softmax(-1) for t in (logits, reference))
-        has_next = at % T < T - 1
-        ce += F.nll_loss(q[has_next], ids.flatten()[at[has_next] + 1], reduction="sum").item()
-        kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
-    return ce, kl
+# ---- Core: what the language model loses, what the reconstruction loses, how sparse it is --------
+def spliced_losses(model, layer, ids, keep, x_hat):
+    """Sums over the positions keep (R, T) of the next-token loss and of the KL divergence to the
+    model's own prediction, in nats, of the model itself, with the layer's output zeroed, and with
+    x_hat (B, D) at these positions: (3, 2)"""
+
+    def put_back(h):  # positions outside keep stay as they are
+        return h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
+
+    reference = edited_logits(model, layer, ids, lambda h: h)  # (R, T, V)
+    sums = torch.zeros(3, 2, dtype=torch.float64, device=reference.device)
+    for edit, (ce, kl) in zip((lambda h: h, torch.zeros_like, put_back), sums, strict=True):
+        logits = edited_logits(model, layer, ids, edit)
+        for q, p, row, kept in zip(logits, reference, ids, keep, strict=True):  # V: up to 256,000
+            q, p = (t.float().log_softmax(-1) for t in (q, p))
+            source = kept[:-1]
+            ce += F.nll_loss(q[:-1][source], row[1:][source], reduction="sum")
+            kl += F.kl_div(q[kept], p[kept], reduction="sum", log_target=True)
+    return sums
 
 
-def reconstruction_sums(x, x_hats):
-    """Sums over the tokens of one batch, x (B, D), x_hats (G, B, D); a mean over it where SAEBench
-    averages over batches. In float64: sums of squares minus squared sums lose float32's digits."""
-    x, x_hats = x.double(), x_hats.double()
-    square, square_hat = x.square().sum(-1), x_hats.square().sum(-1)  # (B,), (G, B)
-    error, inner = (x - x_hats).square().sum(-1), (x * x_hats).sum(-1)  # (G, B)
-    about_mean = (x - x.mean(0)).square().sum(-1)  # (B,)
+def core_sums(model, layer, ids, keep, sae):
+    """Sums over a batch's tokens where keep (R, T), means where SAEBench averages over batches. In
+    float64: sums of squares minus squared sums lose float32's digits."""
+    x = residual_stream(model, layer, ids)[keep].float()  # (B, D)
+    acts = sae.encode(x)  # (B, F)
+    x, x_hat = x.double(), sae.decode(acts).double()
+    norm_in, norm_out = x.norm(dim=1), x_hat.norm(dim=1)  # (B,)
+    error = (x - x_hat).square().sum(1)
     return dict(
-        tokens=len(x),
-        batches=1,
+        losses=spliced_losses(model, layer, ids, keep, x_hat),
         x=x.sum(0),
-        square=square.sum(),
-        error=error.sum(1),
-        error_of_batch=error.mean(1),
-        legacy=(1 - error / about_mean).sum(1),
-        cosine=F.cosine_similarity(x, x_hats, -1).sum(1),
-        norm_in=square.sqrt().sum(),
-        norm_out=square_hat.sqrt().sum(1),
-        ratio=(square_hat / square).sqrt().sum(1),
-        bias=square_hat.mean(1) / inner.mean(1),
-    )
-
-
-def prefix_figures(s, widths):
-    """A figure of each prefix, {name: (G,)}, from sums over all tokens.
-
-    ce_loss_score: share of what zeroing the layer costs in loss that the SAE recovers; 1 is best
-    ce_loss_with_sae: next-token loss with the SAE in place, nats a token
-    kl_div_score: as ce_loss_score, of the KL divergence to the model's own prediction; 1 is best
-    kl_div_with_sae: that divergence, nats a token
-    fvu, explained_variance: squared error over the variance about the mean; 1 - that
-    explained_variance_legacy: mean of per-token ratios, as in SAEBench's papers
-    explained_variance_0_6_0: about zero, as SAEBench 0.6.0 has it
-    mse, mse_saebench: squared error per element; per token, over the tokens of a batch
-    cossim: mean cosine of input and reconstruction
-    l0, l1: latents on at a token; sum of their activations
-    l2_norm_out, l2_ratio: mean norm of the reconstruction; mean ratio to the input's
-    relative_reconstruction_bias: mean squared norm of the reconstruction over its inner product
-    """
-    n, D, moment = s["tokens"], len(s["x"]), s["square"] / s["tokens"]
-    ce, kl = s["ce"] / s["sources"], s["kl"] / n  # of the model itself, zeroed, of each prefix
-    fvu = s["error"] / (s["square"] - s["x"].square().sum() / n)
-    return dict(
-        ce_loss_score=(ce[1] - ce[2:]) / (ce[1] - ce[0]),
-        ce_loss_with_sae=ce[2:],
-        kl_div_score=(kl[1] - kl[2:]) / kl[1],
-        kl_div_with_sae=kl[2:],
-        explained_variance=1 - fvu,
-        explained_variance_legacy=s["legacy"] / n,
-        explained_variance_0_6_0=1 - s["error"] / n / (moment - (moment / D) ** 2),
-        fvu=fvu,
-        mse=s["error"] / n / D,
-        mse_saebench=s["error_of_batch"] / n,
-        cossim=s["cosine"] / n,
-        l0=torch.stack([s["fired"][:w].sum() for w in widths]) / n,
-        l1=torch.stack([s["mass"][:w].sum() for w in widths]) / n,
-        l2_norm_out=s["norm_out"] / n,
-        l2_ratio=s["ratio"] / n,
-        relative_reconstruction_bias=s["bias"] / s["batches"],
+        square=norm_in.square().sum(),
+        error=error.sum(),
+        explained_variance_legacy=(1 - error / (x - x.mean(0)).square().sum(1)).sum(),
+        mse_saebench=error.mean(),
+        cossim=F.cosine_similarity(x, x_hat).sum(),
+        l2_norm_in=norm_in.sum(),
+        l2_norm_out=norm_out.sum(),
+        l2_ratio=(norm_out / norm_in).sum(),
+        bias=norm_out.square().sum() / (x * x_hat).sum(),
+        fired=(acts > 0).sum(0),
+        l1=acts.sum(dtype=torch.float64),
     )
 
 
@@ -248,82 +216,70 @@ def latent_figures(density, sae):
     """How often latents fire, density (F,), and how close they are to each other: {name: ()}
 
     frac_alive: share of latents that fire at all on this text
+    l0, core_l0: latents on at a token; those of the core
     freq_over_N_percent, normalized_freq_over_N_percent: latents on at more tokens; of all firing
     average_max_encoder_cosine_sim, average_max_decoder_cosine_sim: to the nearest other latent
     """
-    out = dict(frac_alive=(density > 0).double().mean())
+    alive = (density > 0).double().mean()
+    out = dict(frac_alive=alive, l0=density.sum(), core_l0=density[: sae.n_core].sum())
     for percent in 1, 10:
         often = density > percent / 100
         out[f"freq_over_{percent}_percent"] = often.double().mean()
         out[f"normalized_freq_over_{percent}_percent"] = density[often].sum() / density.sum()
-    for name, rows in ("encoder", F.normalize(sae.W_enc)), ("decoder", F.normalize(sae.W_dec)):
+    for name, rows in ("encoder", sae.W_enc), ("decoder", sae.W_dec):
+        rows = F.normalize(rows)
         nearest = [(part @ rows.T).topk(2).values[:, 1] for part in rows.split(4096)]  # not itself
         out[f"average_max_{name}_cosine_sim"] = torch.cat(nearest).mean()
     return out
 
 
-def put_back(h, keep, y):
-    """h (R, T, D) with the rows of y (B, D) where keep (R, T)."""
-    return h.masked_scatter(keep[..., None], y.to(h.dtype))
-
-
-def numbers(tensors):
-    """{name: ()} as floats; None where 0 / 0 has no number."""
-    return {name: float(t) if t.isfinite() else None for name, t in tensors.items()}
-
-
 @torch.no_grad()
 def core_metrics(model, layer, ids, keep, sae):
-    """SAEBench's core evaluation on contexts ids (R, T). Positions outside keep (R, T) keep their
-    residual; the ablation zeroes all. Under "prefixes" most figures for the core alone (without a
-    core: for b_dec) and for each nested prefix. None is a 0 / 0.
+    """Core evaluation on contexts ids (R, T). Positions outside keep (R, T) stay as they are; the
+    ablation zeroes all. None is a 0 / 0. For a prefix of w latents: sae.threshold[w:] = math.inf
 
-    ce_loss_without_sae: next-token loss of the model itself, nats a token
+    ce_loss_without_sae, ce_loss_with_sae: next-token loss without and with the SAE, nats a token
     ce_loss_with_ablation, kl_div_with_ablation: loss and divergence with the layer's output zeroed
-    core_l0, non_core_l0: latents of the core on at a token; others
-    l2_norm_in: mean norm of the input
+    ce_loss_score: share of what zeroing the layer costs in loss that the SAE recovers; 1 is best
+    kl_div_with_sae: KL divergence to the model's own prediction, nats a token
+    kl_div_score: as ce_loss_score, of this divergence
+    fvu: squared error over the variance about the mean
+    explained_variance_legacy: mean over tokens of 1 - such a ratio, as in SAEBench's papers
+    explained_variance_0_6_0: about zero, as SAEBench 0.6.0 has it
+    mse_saebench: squared error of a token, over the tokens of a batch
+    cossim: mean cosine of input and reconstruction
+    l1: sum of activations at a token
+    l2_norm_in, l2_norm_out, l2_ratio: mean norm of input and reconstruction; mean ratio
+    relative_reconstruction_bias: mean squared norm of the reconstruction over its inner product
     """
-    widths, sums = [sae.n_core, *sae.widths], Counter()
     size = max(1, 2048 // ids.shape[1])  # SAEBench's batch: 16 contexts of 128
-    for part in bar(list(zip(ids.split(size), keep.split(size), strict=True)), "core"):
-        b, k = (t.to(model.device) for t in part)
-        x = residual_stream(model, layer, b)[k].float()  # (B, D)
-        acts = sae.encode(x)  # (B, F)
-        x_hats = torch.stack([sae.decode(acts[:, :w]) for w in widths])  # (G, B, D)
-        edits = [torch.zeros_like, *(partial(put_back, keep=k, y=y) for y in x_hats)]
-        original = edited_logits(model, layer, b, lambda h: h)
-        edited = map(partial(edited_logits, model, layer, b), edits)
-        all_logits = itertools.chain([original], edited)  # one at a time: they are large
-        losses = [next_token_sums(logits, original, b, k) for logits in all_logits]
-        ce, kl = torch.tensor(losses, dtype=torch.float64, device=x.device).T
-        terms = reconstruction_sums(x, x_hats) | dict(ce=ce, kl=kl, sources=int(k[:, :-1].sum()))
-        terms |= dict(fired=(acts > 0).sum(0).double(), mass=acts.double().sum(0))
-        sums = {name: sums[name] + value for name, value in terms.items()}
-    n, ce, kl = sums["tokens"], sums["ce"] / sums["sources"], sums["kl"] / sums["tokens"]
-    of_prefixes = prefix_figures(sums, widths)
-    whole = {name: values[-1] for name, values in of_prefixes.items()}
-    whole |= latent_figures(sums["fired"] / n, sae) | dict(
-        core_l0=of_prefixes["l0"][0],
-        non_core_l0=whole["l0"] - of_prefixes["l0"][0],
-        ce_loss_without_sae=ce[0],
-        ce_loss_with_ablation=ce[1],
-        kl_div_with_ablation=kl[1],
-        l2_norm_in=sums["norm_in"] / n,
-    )
-    prefixes = []
-    for g, width in enumerate(widths):
-        row = numbers({name: values[g] for name, values in of_prefixes.items()})
-        prefixes.append(dict(prefix=f"prefix {g - 1}" if g else "core only", width=width) | row)
-    return numbers(whole) | dict(tokens=n, contexts=len(ids), prefixes=prefixes)
+    batches = list(zip(ids.split(size), keep.split(size), strict=True))
+    sums = Counter()
+    for b, kept in bar(batches, "core"):
+        b, kept = b.to(model.device), kept.to(model.device)
+        sums.update(core_sums(model, layer, b, kept, sae))  # a Counter adds
+    n = int(keep.sum())
+    error, square, x = sums["error"] / n, sums["square"] / n, sums["x"] / n
+    names = "explained_variance_legacy mse_saebench cossim l1 l2_norm_in l2_norm_out l2_ratio"
+    figures = latent_figures(sums["fired"] / n, sae)
+    figures |= {name: sums[name] / n for name in names.split()}
+    figures["fvu"] = error / (square - x.square().sum())
+    figures["explained_variance_0_6_0"] = 1 - error / (square - (square / len(x)) ** 2)
+    figures["relative_reconstruction_bias"] = sums["bias"] / len(batches)
+    ce, kl = sums["losses"].T
+    ce, kl = ce / int(keep[:, :-1].sum()), kl / n  # (3,) each, nats a token
+    figures["ce_loss_without_sae"] = ce[0]
+    for name, (own, zeroed, with_sae) in ("ce_loss", ce), ("kl_div", kl):
+        figures[f"{name}_with_ablation"] = zeroed
+        figures[f"{name}_with_sae"] = with_sae
+        figures[f"{name}_score"] = (zeroed - with_sae) / (zeroed - own)
+    figures = {name: float(t) if t.isfinite() else None for name, t in figures.items()}
+    return figures | dict(tokens=n, contexts=len(ids))
 
 
-# -------------------------------------------------------------------------------------------------
-# First-letter absorption: is a latent for "starts with s" silent where one for an s-word fires?
-# -------------------------------------------------------------------------------------------------
+# ---- First-letter absorption: is a latent for "starts with s" silent where one for an s-word fires
 MIN_F1 = 0.6  # of a letter's probe, and of its main latents: below, there is nothing to measure
 MIN_LETTERS = 20  # that the probes must read (SAEBench)
-ABSORBED = "full_absorption_rate", "fraction_0_6_0", "fraction_0_3_2"
-
 
 # residuals at n train and m test words, (n, D) and (m, D), their letters 0..25, residuals at the
 # test words in other prompts (m, D), and the probes that read the letters there (26, D + 1)
@@ -333,15 +289,16 @@ Spelling = namedtuple("Spelling", "x_train y_train x_test y_test x_fresh probes"
 @cache  # the same for every SAE of a layer
 def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
     """The Spelling of at most n_words tokens that are a word, in prompts of "\\n", ten lines
-    "{example} has the first letter: X" of others, and "{word} has the first letter:". CannotRun"""
+    "{example} has the first letter: X" of others, and "{word}", which would go on so. CannotRun"""
     rng = np.random.default_rng(seed)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    words = {i: re.fullmatch("[ ▁Ġ]?([a-zA-Z]+)", t or "") for i, t in enumerate(tokens)}
-    letter = {i: ord(word[1][0].upper()) - 65 for i, word in words.items() if word}
+    letter = {}
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        if word := re.fullmatch("[ ▁Ġ]?([a-zA-Z]+)", token or ""):
+            letter[i] = ord(word[1][0].upper()) - 65
     if len(letter) < 100:
         raise CannotRun(f"the vocabulary has {len(letter)} words of letters only; 100 are needed")
-    chosen = rng.permutation(list(letter))[:n_words]
-    train, test = np.split(chosen, [int(0.8 * len(chosen))])
+    words = rng.permutation(list(letter))[:n_words]
+    train, test = np.split(words, [int(0.8 * len(words))])
 
     def after(string):
         """Its ids where it follows another word."""
@@ -349,23 +306,21 @@ def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
         return both[len(first) :]
 
     newline, tail = after("\n"), after(" has the first letter:")
-    answers = [after(f" {chr(65 + c)}") for c in range(26)]
+    rest_of_line = [[*tail, *after(f" {chr(65 + c)}"), *newline] for c in range(26)]
 
     def read(words, pool):
         prompts = []
-        for word in words.tolist():
-            ids = [special_tokens(tokenizer)[0], *newline]
-            examples = [e for e in rng.choice(pool, 11, replace=False).tolist() if e != word]
-            for e in examples[:10]:
-                ids += [e, *tail, *answers[letter[e]], *newline]
-            prompts.append([*ids, word, *tail])
-        at = torch.tensor([len(prompt) - len(tail) - 1 for prompt in prompts])
-        return residuals_at(model, layer, prompts, at)
+        for word in words:
+            prompt = [special_tokens(tokenizer)[0], *newline]
+            examples = rng.choice(pool, 11, replace=False)
+            for example in examples[examples != word][:10]:
+                prompt += [example, *rest_of_line[letter[example]]]
+            prompts.append([*prompt, word])
+        return last_residuals(model, layer, prompts)
 
-    x_train = read(train, train)
-    y = torch.tensor([letter[word] for word in chosen.tolist()], device=model.device)
+    x_train, x_test, x_fresh = read(train, train), read(test, test), read(test, words)
+    y = torch.tensor([letter[word] for word in words], device=model.device)
     y_train, y_test = y[: len(train)], y[len(train) :]
-    x_test, x_fresh = read(test, test), read(test, chosen)
     probes = train_letter_probes(x_train, y_train, 64, 1e-4, seed=seed)
     return Spelling(x_train, y_train, x_test, y_test, x_fresh, probes)
 
@@ -389,9 +344,9 @@ def main_latents(order, f_train, y_train, f_test, y_test):
 
 
 def absorption_scores(f, x, W_dec, w, main):
-    """Of n words of one letter: full absorption (bool), and the absorbed fraction by SAEBench 0.6.0
-    and by 0.3.2 (published), (n,) each. f (n, F) activations, x (n, D) residuals, w (D,) the
-    letter's probe, main: indices of its main latents."""
+    """Of n words of one letter: full absorption (bool), and the absorbed fraction, (n,) each.
+    f (n, F) activations, x (n, D) residuals, w (D,) the letter's probe, main: indices of its main
+    latents."""
     u = F.normalize(w, dim=0)
     c = F.normalize(W_dec) @ u  # (F,)
     p = f * c  # (n, F) what each latent adds to
@@ -402,72 +357,56 @@ def absorption_scores(f, x, W_dec, w, main):
     others = p * (c >= 0.1).index_fill(0, main, False)
     t = others.clamp_min(0).topk(min(3, len(c)), 1).values.sum(1)
     part = torch.minimum(t, A - m)
-    now = torch.where(m <= 0, 1, part / (part + m))
-    now = now.masked_fill((m >= A) | (A <= 0) | (t < 0.4 * A), 0)
-    total = p.sum(1)
-    published = ((total - m) / total).clamp(0, 1).masked_fill((m >= A) | (total <= 0), 0)
-    return full, now, published
+    fraction = torch.where(m <= 0, 1, part / (part + m))
+    return full, fraction.masked_fill((m >= A) | (A <= 0) | (t < 0.4 * A), 0)
 
 
 @torch.no_grad()
 def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
-    """First-letter absorption (Chanin et al. 2024, arXiv 2409.14507). Main latents of a letter are
-    the largest weights of an L1 probe. CannotRun where the residual's probes read too few letters
-    with F1 > .6; ours: or where the main latents' mean F1 is below, as the figure would be theirs.
+    """First-letter absorption (Chanin et al. 2024, arXiv 2409.14507). CannotRun where too few
+    letters are read from the residual with F1 > .6; ours: or where the main latents' mean F1 is
+    below, as the figure would be theirs.
 
     full_absorption_rate: share of words whose main latents are silent while one other fires
     fraction_0_6_0: how much of the letter comes from others, as SAEBench 0.6.0 has it
-    fraction_0_3_2: the same as published; of all letters
     num_split_features: main latents of a letter, mean
     main_f1: how well they tell the letter, mean; below 0.6 there would be no figure
     """
     task = spelling_task(model, layer, tokenizer, n_words, seed)
     read = probe_logits(task.x_test, task.probes) > 0  # (m, 26)
     is_letter = F.one_hot(task.y_test, 26).bool()
-    score = f1_score(read, is_letter)  # (26,)
-    failed = [f"{chr(97 + c)} {score[c]:.2f}" for c in range(26) if score[c] <= MIN_F1]
-    failed_letters, n_read = ", ".join(failed) or "none", 26 - len(failed)
-    if n_read < MIN_LETTERS:
-        what = f"the layer's probe reads {n_read} of 26 first letters, {MIN_LETTERS} are needed"
-        raise CannotRun(f"{what}; F1 of the others: {failed_letters}")
+    letters = (f1_score(read, is_letter) > MIN_F1).nonzero()[:, 0].tolist()
+    if len(letters) < MIN_LETTERS:
+        few = f"the layer's probes read {len(letters)} of 26 first letters"
+        raise CannotRun(f"{few}; {MIN_LETTERS} are needed")
     xs = task.x_train, task.x_test, task.x_fresh
     f_train, f_test, f_fresh = (torch.cat([*map(sae.encode, x.split(2048))]) for x in xs)
-    active = (f_train > 0).any(0).nonzero()[:, 0]  # a latent that never fires is no letter's
-    if len(active) == 0:
-        raise CannotRun("no latent fires on any word")
-    W = train_letter_probes(f_train[:, active], task.y_train, 4096, 1e-6, 0.01, seed)[:, :-1]
-    rows = []
-    for c in bar(range(26), "absorption"):
-        hit = is_letter[:, c] & read[:, c]
-        if hit.any():
-            order, y = active[W[c].argsort(descending=True)], task.y_train == c
-            main, main_f1 = main_latents(order, f_train, y, f_test, is_letter[:, c])
-            words, probe = (f_fresh[hit], task.x_fresh[hit]), task.probes[c, :-1]
-            scores = absorption_scores(*words, sae.W_dec, probe, main)
-            row = dict(first_letter=chr(97 + c), probe_f1=score[c].item(), main_f1=main_f1)
-            row |= {k: v.float().mean().item() for k, v in zip(ABSORBED, scores, strict=True)}
-            row |= dict(num_split_features=len(main), main_latents=main.tolist())
-            row["num_full_absorption"] = int(scores[0].sum())
-            rows.append(row | dict(num_probe_true_positives=len(scores[0])))
-    good = [row for row in rows if row["probe_f1"] > MIN_F1]
-    out = mean_of(good, [*ABSORBED[:2], "num_split_features", "main_f1"])
+    W = train_letter_probes(f_train, task.y_train, 4096, 1e-6, 0.01, seed)[:, :-1]
+    rows = {}
+    for c in bar(letters, "absorption"):
+        order = W[c].argsort(descending=True)
+        truth = is_letter[:, c]
+        main, main_f1 = main_latents(order, f_train, task.y_train == c, f_test, truth)
+        hit = truth & read[:, c]
+        probe = task.probes[c, :-1]
+        scores = absorption_scores(f_fresh[hit], task.x_fresh[hit], sae.W_dec, probe, main)
+        full, fraction = (score.float().mean().item() for score in scores)
+        row = dict(full_absorption_rate=full, fraction_0_6_0=fraction)
+        rows[chr(97 + c)] = row | dict(num_split_features=len(main), main_f1=main_f1)
+    out = mean_of([*rows.values()])
     if out["main_f1"] < MIN_F1:
         raise CannotRun(f"the main latents' mean F1 is {out['main_f1']:.2f}, below {MIN_F1}")
-    out |= mean_of(rows, ABSORBED[2:]) | dict(letters=len(good), failed_letters=failed_letters)
-    return out | dict(train_words=len(f_train), test_words=len(f_test), details=rows)
+    return out | dict(letters=len(rows), details=rows)
 
 
-# -------------------------------------------------------------------------------------------------
-# Sparse probing: what a few latents tell of a labelled text
-# -------------------------------------------------------------------------------------------------
+# ---- Sparse probing: what a few latents tell of a labelled text ---------------------------------
 def read_rows(path):
     """Rows of a .csv file with a header, or of a .jsonl file: dicts. BadInput"""
     csv.field_size_limit(2**31 - 1)
     try:
-        kind = dict(csv=csv.DictReader, jsonl=partial(map, json.loads))[Path(path).suffix[1:]]
         with open(path, newline="", encoding="utf-8-sig") as f:
-            return list(kind(f))
-    except (OSError, ValueError, KeyError, csv.Error) as e:
+            return list(csv.DictReader(f) if Path(path).suffix == ".csv" else map(json.loads, f))
+    except (OSError, ValueError, csv.Error) as e:
         why = f"cannot be read ({type(e).__name__}: {e}); it must be a .csv or .jsonl file"
         raise BadInput(f"--labelled {path}: {why}") from None
 
@@ -476,20 +415,18 @@ def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
     """Texts and labels, (n,) str each, of two columns of rows (dicts), about `budget` in all: at
     most 2500 a class (SAEBench: 2000 + 500), no class below 10; and for SCR, where a third column
     is named, the values there, else None. BadInput"""
-    there = list(rows[0]) if rows else []
-    if not set(columns) <= set(there):
-        has = ", ".join(map(str, there)) or "no rows"
-        raise BadInput(f"--columns {' '.join(columns)}: the file has only {has}")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    found = [[rows[i].get(column) for column in columns] for i in order]
-    found = [[str(v) for v in row] for row in found if not {None, ""} & {*row}]
-    classes = [c for c, n in Counter(row[1] for row in found).items() if n >= 10]
+    by_class = {}
+    for i in np.random.default_rng(seed).permutation(len(rows)):
+        values = [rows[i].get(column) for column in columns]
+        if not {None, ""} & {*values}:
+            by_class.setdefault(str(values[1]), []).append([str(value) for value in values])
+    classes = [found for found in by_class.values() if len(found) >= 10]
     if len(classes) < 2:
-        few = f"{len(classes)} classes of 10 texts or more; two are needed"
-        raise BadInput(f"--columns {' '.join(columns)}: column {columns[1]} has {few}")
+        has = ", ".join(map(str, rows[0])) if rows else "no rows"
+        few = f"{len(classes)} classes of 10 texts or more, two are needed; the file has only {has}"
+        raise BadInput(f"--columns {' '.join(columns)}: {few}")
     most = min(2500, max(10, budget // len(classes)))
-    found = [row for c in classes for row in [row for row in found if row[1] == c][:most]]
-    texts, labels, *spurious = np.array(found).T
+    texts, labels, *spurious = np.array(sum((found[:most] for found in classes), [])).T
     return texts, labels, spurious[0] if spurious else None
 
 
@@ -497,35 +434,36 @@ def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
 def pooled(model, layer, tokenizer, sae, texts, ctx=128):
     """Means over each text's kept tokens of residual and latents: X (n, D), A (n, F)."""
     special = special_tokens(tokenizer)
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [special[:1] + row[: ctx - 1] for row in rows]
     X, A = [], []
-    for i in bar(range(0, len(texts), 32), "texts"):
-        rows = tokenizer(list(texts[i : i + 32]), add_special_tokens=False, verbose=False)
-        ids = padded([special[:1] + row[: ctx - 1] for row in rows["input_ids"]], model.device)
-        keep = ~torch.isin(ids, torch.tensor(special, device=ids.device))
-        n, doc = keep.sum(1, keepdim=True).clamp_min(1), keep.nonzero()[:, 0]  # doc: each token's
-        x = residual_stream(model, layer, ids)[keep].float()  # (B, D)
-        for means, values in (X, x), (A, sae.encode(x)):
-            sums = x.new_zeros(len(n), values.shape[1]).index_add_(0, doc, values)
-            means.append(sums / n)
-    return torch.cat(X), torch.cat(A)
+    for row, x in zip(rows, residuals(model, layer, rows), strict=True):
+        x = x[torch.tensor([i not in special for i in row])]  # (tokens, D)
+        X.append(x.sum(0) / max(1, len(x)))
+        A.append(sae.encode(x).sum(0) / max(1, len(x)))
+    return torch.stack(X), torch.stack(A)
 
 
 def one_vs_rest(labels, seed=0):
     """[(train (2, m), test (2, m'))] for each class in sorted order, 80/20: indices of texts,
     positives first; as many of the others, in equal shares."""
-    rng, parts = np.random.default_rng(seed), []
-    for c in sorted(set(labels)):
-        order = rng.permutation(np.flatnonzero(labels == c))
-        parts.append(np.split(order, [int(0.8 * len(order))]))
+    rng = np.random.default_rng(seed)
+    classes = [rng.permutation(np.flatnonzero(labels == c)) for c in sorted(set(labels))]
+    parts = [np.split(texts, [int(0.8 * len(texts))]) for texts in classes]
 
     def task(c, part):
         share = -(-len(part[c]) // (len(part) - 1))  # rounded up
-        rest = [at[:share] for other, at in enumerate(part) if other != c]
+        rest = [texts[:share] for other, texts in enumerate(part) if other != c]
         rest = rng.permutation(np.concatenate(rest))
         return torch.from_numpy(np.stack([part[c][: len(rest)], rest[: len(part[c])]]))
 
     train, test = zip(*parts, strict=True)
     return [(task(c, train), task(c, test)) for c in range(len(parts))]
+
+
+def class_gap(x, train):
+    """Mean of x (n, d) over the positives of a task (2, m) less that over the rest: (d,)"""
+    return x[train[0]].mean(0) - x[train[1]].mean(0)
 
 
 def sparse_probing(X, A, labels, seed=0, ks=(1, 2, 5)):
@@ -534,46 +472,32 @@ def sparse_probing(X, A, labels, seed=0, ks=(1, 2, 5)):
 
     sae_top_N_test_accuracy: on the N latents whose class means differ most; chance is .5
     llm_top_N_test_accuracy: the same on channels of the residual stream
-    sae_test_accuracy: on all latents (SAEBench: the best test epoch of AdamW)
-    llm_test_accuracy: on all channels
     """
     rows = []
-    for label, (train, test) in zip(sorted(set(labels)), one_vs_rest(labels, seed), strict=True):
-        row = dict(label=label, train=train.numel(), test=test.numel())
-        y_train, y_test = (torch.arange(t.numel()) < t.shape[1] for t in (train, test))
-        for name, data in ("sae", A), ("llm", X):
-            x_train, x_test = data[train.flatten()], data[test.flatten()]
-            gap = data[train[0]].mean(0) - data[train[1]].mean(0)
-            order = gap.abs().argsort(descending=True)
-            chosen = {f"{name}_top_{k}_test_accuracy": order[:k] for k in ks}
-            seen = (x_train != 0).any(0)  # a latent that never fires has weight 0
-            chosen[f"{name}_test_accuracy"] = seen.nonzero()[:, 0]
-            for key, at in chosen.items():
-                probe = logistic_regression(x_train[:, at], y_train.to(X.device))
-                says = probe_logits(x_test[:, at], probe)[:, 0] > 0
-                row[key] = (says.cpu() == y_test).float().mean().item()
+    for train, test in one_vs_rest(labels, seed):
+        row = {}
+        y = is_positive(train, X.device)
+        for name, x in ("sae", A), ("llm", X):
+            order = class_gap(x, train).abs().argsort(descending=True)
+            for k in ks:
+                top = x[:, order[:k]]
+                probe = logistic_regression(top[train.flatten()], y)
+                row[f"{name}_top_{k}_test_accuracy"] = accuracy(top, test, probe)
         rows.append(row)
-    return mean_of(rows, list(rows[0])[3:]) | dict(texts=len(labels), details=rows)
+    return mean_of(rows)
 
 
-# -------------------------------------------------------------------------------------------------
-# TPP and SCR: what a few ablated latents cost probes of the residual stream
-# -------------------------------------------------------------------------------------------------
+# ---- TPP and SCR: what a few ablated latents cost probes of the residual stream -----------------
 ABLATED = 2, 5, 10, 20, 50, 100, 500  # latents at once; SAEBench's main figure is that of 20
 
 
-def drops(X, A, W_dec, test, probes, effect):
-    """{n: (P,)} what each probe loses of its accuracy on test (P, 2, m) where the n latents of the
-    largest effect (F,) are zeroed on every token, the SAE's error kept: X then moves by -A W_dec of
-    these. As SAEBench does, of all latents of any effect: a large n takes negative ones too."""
+def ablations(X, A, W_dec, effect):
+    """(n, X without them) of the n latents of the largest effect (F,), for each n of ABLATED: where
+    they are zeroed on every token, the SAE's error kept, X (n, D) moves by -A W_dec of these. As in
+    SAEBench of all latents of any effect: a large n takes negative ones too."""
     order = effect.topk(min(max(ABLATED), int((effect != 0).sum()))).indices
-    before, lost = accuracy(X, test, probes), {}
     for n in ABLATED:
-        gone = order[:n]
-        towards = probes[:, :-1] @ W_dec[gone].T  # (P, n)
-        change = -torch.einsum("pymn,pn->pym", A[test[..., None], gone], towards)
-        lost[n] = before - accuracy(X, test, probes, change)
-    return lost
+        yield n, X - A[:, order[:n]] @ W_dec[order[:n]]
 
 
 @torch.no_grad()
@@ -588,54 +512,45 @@ def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
     """
     rows = []
     for seed in bar(seeds, "tpp"):
-        parts = []
-        for part in zip(*one_vs_rest(labels, seed), strict=True):
-            least = min(task.shape[1] for task in part)
-            parts.append(torch.stack([task[:, :least] for task in part]).to(X.device))
-        train, test = parts  # (P, 2, m) each
-        probes = train_probes(X, train, test, seed)
-        gap = (A[train[:, 0]].mean(1) - A[train[:, 1]].mean(1)).clamp_min(0)  # (P, F)
-        effects = gap * (probes[:, :-1] @ W_dec.T)
-        lost = [drops(X, A, W_dec, test, probes, effect) for effect in effects]
-        row = dict(seed=seed, probe_accuracy=accuracy(X, test, probes).mean().item())
+        tasks = one_vs_rest(labels, seed)
+        probes = [train_probe(X, *task, seed) for task in tasks]
+        before = [accuracy(X, test, probes[c]) for c, (_, test) in enumerate(tasks)]
+        lost = defaultdict(list)
+        for i, (train, _) in enumerate(tasks):
+            effect = class_gap(A, train).clamp_min(0) * (W_dec @ probes[i][0, :-1])
+            for n, x in ablations(X, A, W_dec, effect):
+                for j, (_, test) in enumerate(tasks):
+                    lost[n, i == j].append(before[j] - accuracy(x, test, probes[j]))
+        row = dict(probe_accuracy=np.mean(before))
         for n in ABLATED:
-            drop = torch.stack([of_class[n] for of_class in lost])  # (latents of P, probes of P)
-            own = drop.diagonal().mean().item()
-            others = drop[~torch.eye(len(drop), dtype=torch.bool)].mean().item()
-            row[f"tpp_threshold_{n}_total_metric"] = own - others
-            row[f"tpp_threshold_{n}_intended"] = own
-            row[f"tpp_threshold_{n}_unintended"] = others
+            intended, unintended = np.mean(lost[n, True]), np.mean(lost[n, False])
+            row[f"tpp_threshold_{n}_total_metric"] = intended - unintended
+            row[f"tpp_threshold_{n}_intended"] = intended
+            row[f"tpp_threshold_{n}_unintended"] = unintended
         rows.append(row)
-    return mean_of(rows, list(rows[0])[1:]) | dict(seeds=len(rows), details=rows)
+    return mean_of(rows) | dict(details=rows)
 
 
 def scr_cells(labels, spurious, most=4):
-    """The class pairs with the most texts of either spurious value, at least 20: [(pair, [[texts of
-    class and value]])], 2 x 2 arrays of indices each. CannotRun"""
-    if spurious is None:
-        raise CannotRun("it needs a third column, for example --columns text label gender")
-    values, pairs = sorted(set(spurious)), []
-    if len(values) != 2:
-        raise CannotRun(f"the spurious column has {len(values)} values; two are needed")
+    """The pairs of classes a, b with the most texts of spurious values u, v, at least 20 of each:
+    [indices of texts of a with u, a with v, b with u, b with v]. CannotRun"""
+    values = [] if spurious is None else sorted(set(spurious))
+    found = []
     for pair in itertools.combinations(sorted(set(labels)), 2):
-        cells = [[np.flatnonzero((labels == c) & (spurious == v)) for v in values] for c in pair]
-        size = min(len(cell) for row in cells for cell in row)
-        if size >= 20:
-            pairs.append((size, pair, cells))
-    if not pairs:
-        raise CannotRun("no two classes have 20 texts with either value of the spurious label")
-    pairs.sort(key=lambda p: -p[0])
-    return [(pair, cells) for _, pair, cells in pairs[:most]]
+        cells = [np.flatnonzero((labels == c) & (spurious == v)) for c in pair for v in values]
+        if len(values) == 2 and min(map(len, cells)) >= 20:
+            found.append(cells)
+    if not found:
+        raise CannotRun("it needs a third column of two values, each in 20 texts of two classes")
+    return sorted(found, key=lambda cells: -min(map(len, cells)))[:most]
 
 
 def scr_tasks(texts):
-    """Indices of texts (2 classes, 2 values, n) -> (3, 2, m): class a against b, value u against v,
-    both balanced, and a with u against b with v."""
-    h = texts.shape[2] // 2
-    by_class = texts[..., :h].flatten(1)
-    by_value = texts.transpose(0, 1)[..., :h].flatten(1)
-    biased = torch.stack([texts[0, 0], texts[1, 1]])[:, : 2 * h]
-    return torch.stack([by_class, by_value, biased])
+    """Indices of texts (4, n), as of `scr_cells`, -> tasks (2, m): class a against b and value u
+    against v, both balanced, and a with u against b with v."""
+    h = texts.shape[1] // 2
+    by_class, by_value = texts[:, :h], texts[[0, 2, 1, 3], :h]
+    return by_class.reshape(2, -1), by_value.reshape(2, -1), texts[[0, 3], : 2 * h]
 
 
 @torch.no_grad()
@@ -643,41 +558,36 @@ def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
     """Spurious correlation removal: a biased probe learns class a against b where a always has the
     spurious value u, and b has v; an oracle learns on balanced texts. Direction 1 asks the biased
     probe for the class without the spurious label's N latents, direction 2 for the spurious label
-    without the class's. Mean over class pairs, then over seeds. X (n, D), A (n, F) of `pooled`,
-    labels, spurious (n,), W_dec (F, D). CannotRun
+    without the class's. Mean over class pairs and seeds. X (n, D), A (n, F) of `pooled`, labels,
+    spurious (n,), W_dec (F, D). CannotRun
 
     scr_metric_threshold_N: the direction of lower biased accuracy, none in a tie; 1 is best
     scr_dirN_threshold_N: share of the way from biased to oracle accuracy; 0 where it is below .001
     """
-    cases, rows = scr_cells(labels, spurious), []
-    for seed, (pair, cells) in bar(list(itertools.product(seeds, cases)), "scr"):
-        rng, n = np.random.default_rng(seed), min(len(cell) for row in cells for cell in row)
-        texts = torch.tensor(np.array([[rng.permutation(c)[:n] for c in row] for row in cells]))
-        parts = texts.to(X.device).split([int(0.8 * n), n - int(0.8 * n)], 2)
-        train, test = map(scr_tasks, parts)
-        probes = train_probes(X, train, test, seed)
-        test, biased = test[:2], probes[[2, 2]]  # asked for the class, and for the spurious label
-        at_best, at_first = accuracy(X, test, probes[:2]), accuracy(X, test, biased)  # (2,)
-        row = dict(seed=seed, pair=pair, test=test[0].numel())
-        row |= dict(biased_accuracy=at_first.tolist(), oracle_accuracy=at_best.tolist())
-        gap = A[train[:2, 0]].mean(1) - A[train[:2, 1]].mean(1)  # (2, F)
-        effects = (gap * (probes[:2, :-1] @ W_dec.T)).abs()
-        for i, room in enumerate((at_best - at_first).tolist()):
-            for n, lost in drops(X, A, W_dec, test, biased, effects[1 - i]).items():
-                gain = -lost[i].item() / room if room >= 0.001 else 0.0
-                row[f"scr_dir{i + 1}_threshold_{n}"] = gain
-        lower = 1 + int(at_first.argmin()) if at_first[0] != at_first[1] else None
+    runs = list(itertools.product(scr_cells(labels, spurious), seeds))
+    rows = []
+    for cells, seed in bar(runs, "scr"):
+        rng = np.random.default_rng(seed)
+        size = min(map(len, cells))
+        texts = torch.tensor(np.array([rng.permutation(cell)[:size] for cell in cells]))
+        train, test = map(scr_tasks, texts.tensor_split([int(0.8 * size)], 1))
+        *oracles, biased = (train_probe(X, *task, seed) for task in zip(train, test, strict=True))
+        before = [accuracy(X, test[i], biased) for i in (0, 1)]
+        row = {}
+        for i in 0, 1:  # what the biased probe is asked for: the class, and the spurious label
+            room = accuracy(X, test[i], oracles[i]) - before[i]
+            effect = class_gap(A, train[1 - i]) * (W_dec @ oracles[1 - i][0, :-1])
+            for n, x in ablations(X, A, W_dec, effect.abs()):
+                gain = accuracy(x, test[i], biased) - before[i]
+                row[f"scr_dir{i + 1}_threshold_{n}"] = gain / room if room >= 0.001 else 0.0
+        lower = None if before[0] == before[1] else before.index(min(before)) + 1
         for n in ABLATED:
             row[f"scr_metric_threshold_{n}"] = row.get(f"scr_dir{lower}_threshold_{n}")
         rows.append(row)
-    keys = [key for key in rows[0] if key.startswith("scr")]
-    means = [mean_of([row for row in rows if row["seed"] == seed], keys) for seed in seeds]
-    return mean_of(means, keys) | dict(seeds=len(means), pairs=len(cases), details=rows)
+    return mean_of(rows) | dict(pairs=len(runs) // len(seeds), details=rows)
 
 
-# -------------------------------------------------------------------------------------------------
-# RAVEL: do a few latents carry one attribute of an entity, and no other?
-# -------------------------------------------------------------------------------------------------
+# ---- RAVEL: do a few latents carry one attribute of an entity, and no other? --------------------
 # A question: its tokens, the position of the entity's last one, the first token of the answer
 # (ours; SAEBench: the text of six), the attribute asked for, and all that is known of the entity
 Prompt = namedtuple("Prompt", "ids at answer asked facts")
@@ -689,31 +599,29 @@ def ravel_prompts(tokenizer, facts):
     prompts = []
 
     def encode(string):
-        ids = tokenizer(string, add_special_tokens=False)["input_ids"]
-        return [special_tokens(tokenizer)[0], *ids]
+        return tokenizer(string, add_special_tokens=False)["input_ids"]
 
     for asked, templates in facts["templates"].items():
-        known = [(e, about) for e, about in facts["entities"].items() if asked in about]
-        for template, (entity, about) in itertools.product(templates, known):
+        for template, (entity, about) in itertools.product(templates, facts["entities"].items()):
             text = template.replace("{entity}", entity)
             head = encode(template.split("{entity}")[0] + entity)
-            ids, answered = encode(text), encode(f"{text} {about[asked]}")
-            if ids[: len(head)] == head and answered[: len(ids)] == ids != answered:
-                prompts.append(Prompt(ids, len(head) - 1, answered[len(ids)], asked, about))
+            ids, answered = encode(text), encode(f"{text} {about.get(asked)}")
+            ends = ids[: len(head)] == head and answered[: len(ids)] == ids != answered
+            if asked in about and ends:
+                bos, answer = special_tokens(tokenizer)[0], answered[len(ids)]
+                prompts.append(Prompt([bos, *ids], len(head), answer, asked, about))
     return prompts
 
 
 def ravel_pairs(prompts, known, attribute, most, rng):
-    """Pairs (base, source) of prompts that the model knows, known (n,) bool -> (pairs, 2), by
-    turns: base asks for the attribute, which shall change; for another one, which shall not. The
-    two entities differ in the attribute."""
+    """Pairs (base, source) of prompts where known (n,) -> (pairs, 2), whose entities differ in the
+    attribute. By turns: base asks for it, which shall change; for another, which shall not."""
     value = np.array([str(p.facts.get(attribute)) for p in prompts])
     answer = np.array([p.answer for p in prompts])
     own = np.array([p.asked == attribute for p in prompts])
     fits = (value[:, None] != value) & known[:, None] & (known & own)
-    fits &= ~own[:, None] | (answer[:, None] != answer)  # else a change could not be seen
-    pairs = np.argwhere(fits)
-    halves = [rng.permutation(pairs[own[pairs[:, 0]] == about]) for about in (True, False)]
+    changes = fits & own[:, None] & (answer[:, None] != answer)  # else no change could be seen
+    halves = [rng.permutation(np.argwhere(kind)) for kind in (changes, fits & ~own[:, None])]
     m = min(most // 2, *map(len, halves))
     return torch.from_numpy(np.stack([half[:m] for half in halves], 1).reshape(-1, 2))
 
@@ -725,7 +633,7 @@ def train_mask(swap, pairs, expect, n_latents, rng):
     (ours); then b > 0."""
     b = torch.zeros(n_latents, device=expect.device, requires_grad=True)
     adam = torch.optim.Adam([b], lr=1e-3)
-    epochs = [torch.from_numpy(rng.permutation(len(pairs))) for _ in range(2)]
+    epochs = (torch.from_numpy(rng.permutation(len(pairs))) for _ in range(2))
     steps = [part for epoch in epochs for part in epoch.split(32)]
     for part, T in zip(bar(steps, "ravel"), np.geomspace(1, 1e-4, len(steps)), strict=True):
         loss = F.cross_entropy(swap(pairs[part], torch.sigmoid(b / T)), expect[part])
@@ -747,11 +655,9 @@ def ravel(model, layer, sae, prompts, most=5000, seed=0):
     """
     if not prompts:
         raise CannotRun("it needs facts whose words end where tokens end: --ravel FILE.json")
-    rng, rows = np.random.default_rng(seed), []
     ids = padded([p.ids for p in prompts], model.device)
     at, last, answer = torch.tensor([(p.at, len(p.ids) - 1, p.answer) for p in prompts]).T
-    answer = answer.to(model.device)
-    x = residuals_at(model, layer, [p.ids for p in prompts], at)  # (n, D)
+    x = last_residuals(model, layer, [p.ids[: p.at + 1] for p in prompts])  # (n, D)
 
     def ask(which, edit):  # -> logits of the next token (b, V)
         logits = edited_logits(model, layer, ids[which], edit)
@@ -761,30 +667,29 @@ def ravel(model, layer, sae, prompts, most=5000, seed=0):
         base, source = pairs.T
         f_base, f_source = sae.encode(x[base]), sae.encode(x[source])  # (b, F)
         new = sae.decode(f_base + mask * (f_source - f_base))
-        where = torch.arange(len(pairs)), at[base]
+        where = torch.arange(len(base)), at[base]
         return ask(base, lambda h: h.index_put(where, new.to(h.dtype)))
 
     parts = torch.arange(len(ids)).split(64)
-    first = torch.cat([ask(part, lambda h: h).argmax(1) for part in parts])
-    known = (first == answer).cpu().numpy()
+    says = torch.cat([ask(part, lambda h: h).argmax(1).cpu() for part in parts])
+    known = (says == answer).numpy()
+    rng = np.random.default_rng(seed)
+    rows = {}
     for attribute in dict.fromkeys(p.asked for p in prompts):
         pairs = ravel_pairs(prompts, known, attribute, most, rng)
         if len(pairs) >= 20:
-            about = torch.arange(len(pairs)) % 2 == 0
-            expect = answer[torch.where(about, pairs[:, 1], pairs[:, 0])]
             n = int(0.7 * len(pairs))
-            mask = train_mask(swap, pairs[:n], expect[:n], len(sae.W_enc), rng)
-            answers = torch.cat([swap(part, mask).argmax(1) for part in pairs[n:].split(64)])
-            hit = (answers == expect[n:]).cpu().double()
-            cause, isolation = (hit[about[n:] == side].mean().item() for side in (True, False))
-            row = dict(attribute=attribute, disentanglement_score=(cause + isolation) / 2)
-            row |= dict(cause_score=cause, isolation_score=isolation, latents=int(mask.sum()))
-            rows.append(row | dict(train_pairs=n, test_pairs=len(hit)))
+            changes = torch.arange(len(pairs)) % 2 == 0
+            expect = answer[torch.where(changes, pairs[:, 1], pairs[:, 0])]
+            mask = train_mask(swap, pairs[:n], expect[:n].to(x.device), len(sae.W_enc), rng)
+            says = torch.cat([swap(part, mask).argmax(1).cpu() for part in pairs[n:].split(64)])
+            right = (says == expect[n:]).double()
+            cause, isolation = (right[changes[n:] == kind].mean().item() for kind in (True, False))
+            row = dict(disentanglement_score=(cause + isolation) / 2, latents=int(mask.sum()))
+            rows[attribute] = row | dict(cause_score=cause, isolation_score=isolation)
     if not rows:
-        few = "too few of two attributes with different answers, or --tokens too few"
-        raise CannotRun(f"the model answers {known.sum()} of {len(known)} prompts: {few}")
-    out = mean_of(rows, list(rows[0])[1:5])
-    return out | dict(prompts=len(known), prompts_known=int(known.sum()), details=rows)
+        raise CannotRun(f"the model answers {known.sum()} of {len(known)} prompts: too few")
+    return mean_of([*rows.values()]) | dict(prompts_known=int(known.sum()), details=rows)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1183,7 +1088,7 @@ def core_page(model, tokenizer, ids, keep, subject):
 
 def page(report, of_core):
     """The report, and what `core_page` gives (or a dict of empty lists), as HTML."""
-    told = prefix_figures, latent_figures, core_metrics, absorption, sparse_probing, tpp, scr
+    told = latent_figures, core_metrics, absorption, sparse_probing, tpp, scr
     docs = "".join(function.__doc__ for function in (*told, ravel, stability))
     lines = re.findall(r"^ +([\w, ]+): (.+)$", docs, re.M)  # what each figure says
     says = {name: text for names, text in lines for name in names.split(", ")}
