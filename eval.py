@@ -882,51 +882,49 @@ def agreement(run_a, run_b, seed=0):
 # -------------------------------------------------------------------------------------------------
 # The table
 # -------------------------------------------------------------------------------------------------
-FIRST = {  # what matters first: name and which way is better, of a metric's figure
-    ("core", "l0"): "L0, lower is better",
-    ("core", "core_l0"): "core L0",
-    ("core", "fvu"): "FVU, lower is better",
-    ("core", "ce_loss_score"): "CE recovered, higher is better",
-    ("core", "frac_alive"): "alive, higher is better",
-    ("stability", "core"): "core size",
-    ("stability", "kept"): "kept, higher is better",
-    ("probing", "sae_top_1_test_accuracy"): "probing by 1 latent, higher is better",
-    ("tpp", "tpp_threshold_20_total_metric"): "TPP of 20 latents, higher is better",
+FIRST = {  # what matters first: its name, and which way is better
+    "core: l0": "L0, lower is better",
+    "core: core_l0": "core L0",
+    "core: fvu": "FVU, lower is better",
+    "core: ce_loss_score": "CE recovered, higher is better",
+    "core: frac_alive": "alive, higher is better",
+    "stability: core": "core size",
+    "stability: kept": "kept, higher is better",
+    "probing: sae_top_1_test_accuracy": "probing by 1 latent, higher is better",
+    "tpp: tpp_threshold_20_total_metric": "TPP of 20 latents, higher is better",
 }
 
 
 def every_figure(report):
-    """{(metric, key): figures of the SAEs} of all that is one number or word."""
+    """{"metric: key": figures of the SAEs} of all that is one number or word."""
     rows, n = {}, len(report["saes"])
     for i, sae in enumerate(report["saes"]):
         for metric, figures in sae["metrics"].items():
             for key, value in figures.items():
                 if not isinstance(value, (list, dict)):
-                    rows.setdefault((metric, key), [None] * n)[i] = value
+                    rows.setdefault(f"{metric}: {key}", [None] * n)[i] = value
     return rows
 
 
 def headline(report):
-    """[(name, key, figures of the SAEs)] of the first eight of FIRST that ran."""
-    ran = {(at[0].split()[0], at[1]): values for at, values in every_figure(report).items()}
-    return [(name, at[1], ran[at]) for at, name in FIRST.items() if at in ran][:8]
+    """[(name, "metric: key", figures of the SAEs)] of the first eight of FIRST that ran."""
+    ran = {re.sub(" .*:", ":", at): values for at, values in every_figure(report).items()}
+    return [(name, at, ran[at]) for at, name in FIRST.items() if at in ran][:8]
 
 
 def table(report, everything=False):
     """Lines for the terminal."""
-    first = {name.split(",")[0]: values for name, _, values in headline(report)}
-    figures = every_figure(report)
-    if everything or not first:
-        first |= {": ".join(at): v for at, v in figures.items() if at[1] != "cannot_run"}
     rows = {"": ["/".join(Path(sae["folder"]).parts[-2:]) for sae in report["saes"]]}
-    for name, values in (rows | first).items():
-        cells = [
-            f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in values
-        ]
-        yield f"{name:24}" + "".join(f"  {cell:>24}" for cell in cells)
-    for (metric, key), reasons in figures.items():
-        if key == "cannot_run":
-            yield f"{metric} cannot run: {'; '.join(dict.fromkeys(filter(None, reasons)))}"
+    rows |= {name: values for name, _, values in headline(report)}
+    figures = every_figure(report)
+    reasons = {at: figures.pop(at) for at in list(figures) if "cannot_run" in at}
+    if everything or len(rows) == 1:
+        rows |= figures
+    for name, values in rows.items():
+        cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+        yield f"{name:38}" + "".join(f"  {cell:>20}" for cell in cells)
+    for name, whys in reasons.items():
+        yield f"{name.replace('_', ' ')}: {'; '.join(dict.fromkeys(filter(None, whys)))}"
     for pair, sets in report["agreement"].items():
         for name, row in sets.items():
             beside = f"decoder {row['decoder']:.3f}, random directions {row['decoder_random']:.3f}"
@@ -940,23 +938,21 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>dmsae</title>
 <meta name=viewport content="width=device-width,initial-scale=1"><style>
 body{font:16px/1.5 system-ui,sans-serif;margin:auto;max-width:70em;padding:1em;color:#222}
 h2{margin-top:2em}small{color:#666}figure{margin:0}svg{width:100%}text{font-size:11px;fill:#666}
-.grid{display:grid;gap:1.5em;grid-template-columns:repeat(auto-fill,minmax(min(19em,100%),1fr))}
-#first{grid-template-columns:repeat(auto-fill,minmax(max(10em,22%),1fr));white-space:nowrap}
+#first,#charts,#cards{display:grid;gap:1.5em;grid:auto/repeat(auto-fill,minmax(min(18em,100%),1fr))}
 article{border:1px solid #ddd;border-radius:.5em;padding:.8em;overflow-wrap:anywhere}
 article p{font:.8em/1.6 monospace;margin:.5em 0 0;white-space:pre-wrap}kbd{background:#eee}
 progress{width:3em}details{overflow-x:auto}td{padding-right:1em}:target{border-color:red}</style>
-<h1 id=title></h1><p id=about></p><div id=first class=grid></div><h2>The run</h2><div id=charts
-class=grid></div><h2>The core's latents</h2><p><input id=find placeholder="filter, such as a token">
-by <select id=by><option value=score>attribution<option>density<option>birth</select></p>
-<div id=cards class=grid></div><h2>All figures</h2><div id=all></div>
-<script type="application/json" id=data>DATA</script><script>
+<h1 id=title></h1><p id=about></p><div id=first></div><h2>The run</h2><div id=charts></div>
+<h2>The core's latents</h2><input id=find placeholder="filter, such as a token"> by <select id=by>
+<option value=score>attribution<option>density<option>birth</select><p><div id=cards></div>
+<h2>All figures</h2><div id=all></div><script type="application/json" id=data>DATA</script><script>
 const at = id => document.getElementById(id), each = (list, f) => list.map(f).join("")
 const plain = v => v?.replace?.(/[&<>"]/g, c => `&#${c.charCodeAt()};`).replace(/\\n/g, "↵") ?? v
 const data = JSON.parse(at("data").textContent, (_, v) => plain(v))  // no text is read as HTML
 const {core} = data, rows = Object.values(data.stability)[0] ?? [], last = rows.at(-1)
 const show = (v, digits = 4) => typeof v == "number" && v % 1 ? +v.toPrecision(digits) : v ?? "-"
-const says = key => data.says[key] ??
-  data.says[key.replace(/_std$/, "").replace(/\\d+/g, "N")] ?? ""
+const says = (figure, key = figure.replace(/.*: |_std$/g, "")) =>
+  data.says[key] ?? data.says[key.replace(/\\d+/g, "N")] ?? ""
 const COLOURS = "#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377 #bbbbbb".split(" ")
 function axis(values, from, to, least) {  // [place of a value, round numbers along the axis]
   const low = Math.min(...values), width = Math.max(...values) - low || 1, round = []
@@ -984,12 +980,12 @@ function chart(title, xName, yName, series, least = 0) {  // series: {name: [[x,
     <svg viewBox="0 0 325 230">${svg}</svg>${key}</figure>`
 }
 at("title").innerHTML = `${data.model.split("/").pop()}, layer ${data.layer}, k ${data.k}`
-at("first").innerHTML = each(data.first, ([name, key, values]) => {
-  const [title, better = "neither way is better"] = name.split(", "), [a, b] = values
+at("first").innerHTML = each(data.first, ([name, figure, values]) => {
+  const [title, way = "neither way is better"] = name.split(", "), [a, b] = values
   const change = b == null ? "" : (b > a ? "+" : "") + show(b - a, 3), max = Math.max(...values)
-  return `<div title="${says(key)}; ${better}"><b>${title}</b> ${change}` + each(values, (v, i) =>
-    `<br><progress value=${v ?? 0} max=${max || 1}></progress> ${show(v)} <small>${
-    data.folders[i].split("/").pop()}</small>`) + "</div>"
+  const bar = (v, i) => `<br><progress value=${v ?? 0} max=${max || 1}></progress> ${show(v)}
+    <small>${data.folders[i].split("/").slice(-2).join("/")}</small>`
+  return `<div title="${says(figure)}; ${way}"><b>${title}</b> ${change}${each(values, bar)}</div>`
 })
 if (last) {
   const over = f => rows.map((row, t) => [t, f(row)]), born = {all: over(row => row.core)}
@@ -997,9 +993,9 @@ if (last) {
   for (const b in last.origins) born[`born in ${+b}`] = over(row => row.origins[b] ?? 0)
   for (const g in last.fvu) fvu[`prefix ${g}`] = over(row => row.fvu[g])
   const ce = rows.map((row, t) => [`training ${t}`, [[row.l0, row.ce_recovered]]])
-  at("about").innerHTML = `After ${rows.length} trainings of ${last.tokens.toLocaleString("en")}
-    tokens the core has ${last.core} latents, ${last.kept} of them kept from the training before.
-    It is ${show(last.core_l0, 3)} of the ${show(last.l0, 3)} latents on at a token. `
+  at("about").innerHTML = `After ${rows.length} trainings of ${last.tokens / 1e6} million tokens the
+    core has ${last.core} latents, ${last.kept} of them from the training before; of the
+    ${show(last.l0, 3)} latents on at a token ${show(last.core_l0, 3)} are the core's. `
   chart("The core, and who was born when", "training", "latents", born, 1)
   chart("Error by prefix", "training", "FVU, lower is better", fvu, 1)
   chart("Loss recovered", "L0", "CE recovered, higher is better", Object.fromEntries(ce))
@@ -1028,10 +1024,11 @@ if (core) {
     card.hidden = !card.textContent.toLowerCase().includes(at("find").value.toLowerCase())
   })
 }
-at("all").innerHTML = each([...new Set(data.all.map(row => row[0]))], metric => `<details>
-  <summary>${metric.replace(/ .*[\\/]/, " ")}</summary><table>` + each(data.all, ([of, key, vs]) =>
-  of == metric ? `<tr><td>${key}${each(vs, v => `<td>${show(v)}`)}<td>${says(key)}` : "") +
-  "</table></details>")
+for (const metric of new Set(data.all.map(row => row[0].split(": ")[0])))
+  at("all").innerHTML += `<details><summary>${metric.replace(/ .*[\\/]/, " ")}</summary><table>` +
+    each(data.all.filter(row => row[0].startsWith(metric + ": ")), ([figure, values]) =>
+    `<tr><td>${figure.replace(/.*: /, "")}<td>${values.map(v => show(v)).join("<td>")}<td>${
+    says(figure)}`) + "</table></details>"
 </script></html>
 """
 
@@ -1041,14 +1038,12 @@ def raised_tokens(model, rows, n=8):
     last layer to logits: a final norm or projection has another name in every model."""
     last = model.config.get_text_config().num_hidden_layers - 1
     ids = rows.new_zeros(len(rows), 1).long()
-    logits = edited_logits(model, last, ids, lambda h: rows[:, None].to(h))
-    return logits[:, 0].topk(n).indices
+    return edited_logits(model, last, ids, lambda h: rows[:, None].to(h))[:, 0].topk(n).indices
 
 
 def core_page(model, tokenizer, ids, keep, folder, layer, sae):
-    """For the page: cumulative attribution and density of the core's candidates (M,), facts of the
-    core, and of its 200 latents of most attribution the tokens that they raise and the four
-    contexts in which they fire most."""
+    """For the page: attribution's share and density of the candidates (M,), the core's facts, and
+    of its 200 strongest latents the tokens they raise and the contexts that raise them."""
     core, _ = load_core(folder / "core.safetensors")
     core.score /= core.score.sum()
     order = core.score.argsort(descending=True)
@@ -1082,7 +1077,7 @@ def page(report, of_core):
     says = {name: text for names, text in lines for name in names.split(", ")}
     data = {key: report[key] for key in ("model", "layer", "k", "text", "stability")}
     data |= dict(says=says, first=headline(report), folders=[s["folder"] for s in report["saes"]])
-    data["all"] = [(*at, values) for at, values in every_figure(report).items()]
+    data["all"] = list(every_figure(report).items())
     return PAGE.replace("DATA", json.dumps(data | of_core).replace("<", "\\u003c"))
 
 
@@ -1162,7 +1157,8 @@ def load(args):
         home = None
         known |= dict(batch=1, tokens=args.tokens, attribution_tokens=1)
     if args.text or home:
-        known |= dict(text=args.text, text_column=None, separator=None)
+        known |= dict(text=args.text, separator=None, text_column=None)
+        known["dataset"] = f"{home}/tokens.bin"
     needed = "model layer k ctx dataset text text_column separator device batch tokens"
     needed = [*needed.split(), "attribution_tokens"]  # an older version has more
     cfg = Config(**{name: known[name] for name in needed if known.get(name) is not None})
@@ -1174,17 +1170,30 @@ def load(args):
     return saes, cfg, home
 
 
-def read_text(args, cfg, tokenizer, home):
-    """The contexts to measure on, ids and keep, and what they are. BadInput"""
+def open_inputs(args, saes, cfg, home):
+    """All that is measured with: model, tokenizer, contexts ids and keep (R, T), {labelled file:
+    (texts, labels, spurious)}, prompts of RAVEL; and a line that says what the text is. BadInput"""
+    words, facts = (
+        (args.columns, args.tokens // 128, args.seeds[0]),
+        dict(entities={}, templates={}),
+    )
+    texts = {file: labelled(read_rows(file), *words) for file in args.labelled}
+    if args.ravel:
+        facts = read_json(args.ravel, *facts)
+    model, tokenizer = dmsae.load_model(cfg)
+    width, widths = model.config.get_text_config().hidden_size, {len(s.b_dec) for *_, s in saes}
+    if widths != {width}:
+        raise BadInput(f"--model {cfg.model}: is of width {width}, the SAEs are of {widths}")
     with tempfile.TemporaryDirectory() as scratch:
         try:
             text = dmsae.open_text(cfg, tokenizer, home or scratch)
         except BadInput as e:
-            raise BadInput(f"{home or ''} {e}; give another --text") from None
+            raise BadInput(f"{e}; give another --text, or move it away") from None
         most = text.n_eval if home else len(text.rows)
         ids, keep = text.contexts(slice(min(most, max(1, args.tokens // cfg.ctx))))
     source = "held out by the run" if home else f"first of {Path(cfg.text or cfg.dataset).name}"
-    return ids, keep, f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}"
+    about = f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}"
+    return (model, tokenizer, ids, keep, texts, ravel_prompts(tokenizer, facts)), about
 
 
 def free_path(args):
@@ -1231,23 +1240,11 @@ def run(args):
         report["stability"] = {str(run): [*map(stability, cycles(run))] for run in runs}
         for a, b in itertools.combinations(runs, 2):
             report["agreement"][f"{a} and {b}"] = agreement(a, b, args.seeds[0])
-    words = args.columns, args.tokens // 128, args.seeds[0]
-    texts = {file: labelled(read_rows(file), *words) for file in args.labelled}
-    facts = dict(entities={}, templates={})
-    if args.ravel:
-        facts = read_json(args.ravel, *facts)
-    model, tokenizer = dmsae.load_model(cfg)
-    D = model.config.get_text_config().hidden_size
-    for folder, _, sae in saes:
-        if len(sae.b_dec) != D:
-            raise BadInput(f"{folder}: is of width {len(sae.b_dec)}, --model {cfg.model} of {D}")
-    ids, keep, report["text"] = read_text(args, cfg, tokenizer, home)
-    inputs, prompts = (model, tokenizer, ids, keep), ravel_prompts(tokenizer, facts)
+    inputs, report["text"] = open_inputs(args, saes, cfg, home)
     for folder, layer, sae in saes:
         figures = {}
         report["saes"].append(dict(folder=str(folder), layer=layer, metrics=figures))
-        every = measures(args, *inputs, texts, prompts, folder, layer, sae)
-        for name, metric, *words in every:
+        for name, metric, *words in measures(args, *inputs, folder, layer, sae):
             if name.split()[0] in args.only:
                 try:
                     figures[name] = metric(*words)
@@ -1257,7 +1254,7 @@ def run(args):
     print(*table(report, args.all), f"written: {path}", sep="\n")
     if args.html:
         last = saes[:2][-1]  # of the first run
-        of_core = core_page(*inputs, *last) if (last[0] / "core.safetensors").exists() else {}
+        of_core = core_page(*inputs[:4], *last) if (last[0] / "core.safetensors").exists() else {}
         with dmsae.written_whole(path.with_suffix(".html")) as part:
             part.write_text(page(report, of_core))
 

@@ -2838,11 +2838,11 @@ def test_eval_through_its_command_line(story, labels_csv, tmp_path, capsys):
     assert last["stability"]["core"] == result["core"] and last[f"scr {file}"]["pairs"] == 1
     assert len(last[f"tpp {file}"]["details"]) == 2 and "prompts" in last["ravel"]["cannot_run"]
     lines = printed.splitlines()
-    assert [line.split("  ")[0] for line in lines[1:8]] == FIRST and "probing" in lines[8]
-    assert all(line.startswith("  ") or len(line) > 24 for line in lines[:9])
+    assert [line.split("  ")[0].split(",")[0] for line in lines[1:8]] == FIRST
+    assert lines[8].startswith("probing by 1 latent, higher is better  ")
     assert "kl_div_score" not in printed and "TPP" not in printed
     data = data_of((tmp_path / "eval.html").read_text())
-    names = {re.sub("[0-9]+", "N", key).removesuffix("_std") for _, key, _ in data["all"]}
+    names = {re.sub("[0-9]+", "N", key).removesuffix("_std") for key in keys_of(data)}
     assert not [name for name in names - data["says"].keys() if "threshold" in name]
     assert str(tmp_path) not in (tmp_path / "eval.html").read_text().replace(str(file), "")
     first = out.read_bytes()
@@ -2862,8 +2862,8 @@ def test_without_data_there_are_reasons_and_the_rest(story, tmp_path, capsys):
     out = tmp_path / "eval.json"
     assert evaluation(story, "--tokens", 2000, "--out", out) == 0
     printed = capsys.readouterr().out
-    lines = [line for line in printed.splitlines() if " cannot run: " in line]
-    assert [line.split()[0] for line in lines] == "absorption probing tpp scr ravel".split()
+    lines = [line for line in printed.splitlines() if ": cannot run: " in line]
+    assert [line.split(":")[0] for line in lines] == "absorption probing tpp scr ravel".split()
     assert printed.count("--labelled FILE") == 3 and printed.count("--ravel FILE") == 1
     metrics = json.loads(out.read_text())["saes"][1]["metrics"]
     assert list(metrics) == ev.METRICS and metrics["stability"]["core"] > 0
@@ -2874,6 +2874,10 @@ def test_without_data_there_are_reasons_and_the_rest(story, tmp_path, capsys):
 
 def data_of(page):
     return json.loads(re.search(r"id=data>(.*?)</script>", page, re.S)[1])
+
+
+def keys_of(data):
+    return [name.split(": ")[-1] for name, _ in data["all"]]
 
 
 def test_the_page_holds_what_it_shows(story, tmp_path):
@@ -2894,7 +2898,7 @@ def test_the_page_holds_what_it_shows(story, tmp_path):
         assert len(raised) == 8 and (max(shades) == pytest.approx(1) or not any(shades))
     assert data["share"][-1] == pytest.approx(1) and sum(data["core"]["score"]) == pytest.approx(1)
     assert len(data["share"]) == len(data["density"]) == load_sae(story / "cycle3").widths[0]
-    names = {re.sub(r"\d+", "N", key) for _, key, _ in data["all"] if key not in data["says"]}
+    names = {re.sub(r"\d+", "N", key) for key in keys_of(data) if key not in data["says"]}
     assert names - data["says"].keys() == {"contexts"}
 
 
@@ -2906,7 +2910,7 @@ def test_the_page_escapes(story):
     page = ev.page(report, dict(raises=[["</script>"]]))
     assert page.count("</script>") == ev.PAGE.count("</script>")
     assert page.count("<b>") == ev.PAGE.count("<b>") and "JSON.parse(at" in page
-    assert data_of(page)["all"] == [["<u>", "cannot_run", ["because </script><b>"]]]
+    assert data_of(page)["all"] == [["<u>: cannot_run", ["because </script><b>"]]]
 
 
 def test_another_text_and_an_older_page(story, lm, tmp_path):
@@ -2977,7 +2981,7 @@ def test_foreign_folders_of_every_layout(layout, story, lm, labels_csv, tmp_path
     assert "first of text.txt" in report["text"] and (foreign / "eval.html").exists()
     assert "no run folder" in metrics["stability"]["cannot_run"]
     assert "third column" in metrics[f"scr {labels_csv / 't.jsonl'}"]["cannot_run"]
-    assert "stability cannot run" in capsys.readouterr().out
+    assert "stability: cannot run: the SAE" in capsys.readouterr().out
 
 
 def test_two_runs_are_compared(story, tmp_path, capsys):
