@@ -979,12 +979,12 @@ function chart(title, xName, yName, series, least = 0) {  // series: {name: [[x,
   at("charts").innerHTML += `<figure><b>${title}</b><br><small>${yName}</small>
     <svg viewBox="0 0 325 230">${svg}</svg>${key}</figure>`
 }
-at("title").innerHTML = `${data.model.split("/").pop()}, layer ${data.layer}, k ${data.k}`
+at("title").innerHTML = `${data.model}, layer ${data.layer}, k ${data.k}`
 at("first").innerHTML = each(data.first, ([name, figure, values]) => {
   const [title, way = "neither way is better"] = name.split(", "), [a, b] = values
-  const change = b == null ? "" : (b > a ? "+" : "") + show(b - a, 3), max = Math.max(...values)
-  const bar = (v, i) => `<br><progress value=${v ?? 0} max=${max || 1}></progress> ${show(v)}
-    <small>${data.folders[i].split("/").slice(-2).join("/")}</small>`
+  const change = a == null || b == null ? "" : (b > a ? "+" : "") + show(b - a, 3)
+  const bar = (v, i) => `<br><progress value=${v ?? 0} max=${Math.max(...values) || 1}></progress>
+    ${show(v)} <small>${data.folders[i].split("/").slice(-2).join("/")}</small>`
   return `<div title="${says(figure)}; ${way}"><b>${title}</b> ${change}${each(values, bar)}</div>`
 })
 if (last) {
@@ -1075,9 +1075,9 @@ def page(report, of_core):
     """The report, and what `core_page` gives or {}, as HTML."""
     lines = re.findall(r"^    ([\w, ]+): (.+)$", Path(__file__).read_text(), re.M)  # of docstrings
     says = {name: text for names, text in lines for name in names.split(", ")}
-    data = {key: report[key] for key in ("model", "layer", "k", "text", "stability")}
-    data |= dict(says=says, first=headline(report), folders=[s["folder"] for s in report["saes"]])
-    data["all"] = list(every_figure(report).items())
+    data = {key: report[key] for key in ("layer", "k", "text", "stability")}
+    data |= dict(says=says, first=headline(report), all=list(every_figure(report).items()))
+    data |= dict(model=Path(report["model"]).name, folders=[s["folder"] for s in report["saes"]])
     return PAGE.replace("DATA", json.dumps(data | of_core).replace("<", "\\u003c"))
 
 
@@ -1085,6 +1085,9 @@ def page(report, of_core):
 # The command line
 # -------------------------------------------------------------------------------------------------
 METRICS = "core absorption probing tpp scr ravel stability".split()
+# Of an SAE's Config what matters here: an older version has more
+NEEDED = "model layer k ctx batch tokens attribution_tokens device dataset text".split()
+NEEDED += ["text_column", "separator"]
 
 
 def parse(argv=None):
@@ -1146,28 +1149,27 @@ def load(args):
     trained = [cycles(folder) or [folder] for folder in args.folders]
     folders = [folder for t in trained for folder in dict.fromkeys([t[0], t[-1]])]
     cfgs = [read_cfg(folder) for folder in folders]
-    known, home = cfgs[0] | dict(device=args.device), folders[0].parent
+    models = {args.model or Path(str(cfg["model"])).name for cfg in cfgs}
+    if len(models) > 1 or models == {"None"}:
+        raise BadInput(f"{folders[0]}: of model {models}: name one, --model google/gemma-2-2b")
+    known, home = cfgs[0], folders[0].parent
     for name in "model", "text":  # a relative path began where dmsae.py was started
         places = [base / str(known.get(name)) for base in (Path(), *folders[0].resolve().parents)]
         found = next((str(p) for p in places if p.exists()), known.get(name))
         known[name] = getattr(args, name) or found
-    if not known["model"] or len({str(cfg["model"]) for cfg in cfgs}) > 1 > len(args.model or ""):
-        raise BadInput(f"{args.folders}: name the one model, --model google/gemma-2-2b for example")
     if args.text or args.model or not (home / "tokens.bin").exists():
         home = None
         known |= dict(batch=1, tokens=args.tokens, attribution_tokens=1)
-    if args.text or home:
-        known |= dict(text=args.text, separator=None, text_column=None)
-        known["dataset"] = f"{home}/tokens.bin"
-    needed = "model layer k ctx dataset text text_column separator device batch tokens"
-    needed = [*needed.split(), "attribution_tokens"]  # an older version has more
-    cfg = Config(**{name: known[name] for name in needed if known.get(name) is not None})
+    else:
+        known |= dict(text=None, dataset=f"{home}/tokens.bin")
+    if args.text:
+        known |= dict(separator=None, text_column=None)
+    known["device"] = args.device
+    cfg = Config(**{name: known[name] for name in NEEDED if known.get(name) is not None})
     dmsae.check(cfg)
-    saes = [
-        (f, c["layer"], unit_rows(load_sae(f, cfg.device)))
-        for f, c in zip(folders, cfgs, strict=True)
-    ]
-    return saes, cfg, home
+    saes = [unit_rows(load_sae(folder, cfg.device)) for folder in folders]
+    layers = [cfg["layer"] for cfg in cfgs]
+    return list(zip(folders, layers, saes, strict=True)), cfg, home
 
 
 def open_inputs(args, saes, cfg, home):
@@ -1233,8 +1235,9 @@ def measures(args, model, tokenizer, ids, keep, texts, prompts, folder, layer, s
 def run(args):
     """Load, measure, print, write."""
     saes, cfg, home = load(args)
-    path, report = free_path(args), {name: str(value) for name, value in vars(args).items()}
-    report |= dict(model=cfg.model, layer=cfg.layer, k=cfg.k, saes=[], stability={}, agreement={})
+    path = free_path(args)
+    report = dict(model=cfg.model, layer=cfg.layer, k=cfg.k, saes=[], stability={}, agreement={})
+    report["arguments"] = {name: str(value) for name, value in vars(args).items()}
     if "stability" in args.only:
         runs = dict.fromkeys(folder.parent for folder, *_ in saes if cycles(folder.parent))
         report["stability"] = {str(run): [*map(stability, cycles(run))] for run in runs}

@@ -2824,7 +2824,7 @@ def test_eval_through_its_command_line(story, labels_csv, tmp_path, capsys):
     printed = capsys.readouterr().out
     report = json.loads(out.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
     assert [Path(s["folder"]).name for s in report["saes"]] == ["cycle0", "cycle3"]
-    assert report["seeds"] == "[0, 1]" and "held out by" in report["text"]
+    assert report["arguments"]["seeds"] == "[0, 1]" and "held out by" in report["text"]
     plain, last = (s["metrics"] for s in report["saes"])
     of_file = [f"{metric} {file}" for metric in ("probing", "tpp", "scr")]
     assert list(plain) == list(last) == ["core", "absorption", *of_file, "ravel", "stability"]
