@@ -869,8 +869,8 @@ def agreement(run_a, run_b, seed=0):
         drawn = torch.randperm(sae.widths[0], generator=rng)[: len(core.index)]
         sets = {"core": core.index, "drawn from prefix 0": drawn}
         sets["prefix 0"] = torch.arange(sae.widths[0])
-        kinds = dict(encoder=sae.W_enc.detach(), decoder=sae.W_dec.detach())
-        sides.append({(s, kind): kinds[kind][sets[s]] for s in sets for kind in kinds})
+        kinds = ("encoder", sae.W_enc.detach()), ("decoder", sae.W_dec.detach())
+        sides.append({(s, kind): W[at] for s, at in sets.items() for kind, W in kinds})
     for (name, kind), a in sides[0].items():
         b = sides[1][name, kind]
         row = out.setdefault(name, dict(n=[len(a), len(b)]))
@@ -921,8 +921,10 @@ def table(report, everything=False):
     if everything or len(rows) == 1:
         rows |= figures
     for name, values in rows.items():
-        cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
-        yield f"{name:38}" + "".join(f"  {cell:>20}" for cell in cells)
+        cells = (
+            f"{v:.4g}" if isinstance(v, float) else str(v).replace("None", "-") for v in values
+        )
+        yield f"{name:38}" + "".join(f"  {cell:>26}" for cell in cells)
     for name, whys in reasons.items():
         yield f"{name.replace('_', ' ')}: {'; '.join(dict.fromkeys(filter(None, whys)))}"
     for pair, sets in report["agreement"].items():
@@ -1059,7 +1061,7 @@ def core_page(model, tokenizer, ids, keep, folder, layer, sae):
     shown, acts, contexts = core["index"][:200], [], []
     for row in bar(ids.to(model.device), "page"):
         x = residual_stream(model, layer, row[None])[0].float()
-        acts.append(sae.encode(x)[:, shown].cpu())
+        acts.append(sae.encode(x, sae.widths[0])[:, shown].cpu())
     for fired in (torch.stack(acts) * keep[..., None]).unbind(2):  # (R, T)
         peak, at = fired.max(1)
         contexts.append([])
@@ -1105,19 +1107,13 @@ def parse(argv=None):
     names = "of --labelled: text, label and, for scr, a spurious label (%(default)s)"
     add("--columns", nargs="+", default=["text", "label"], help=names)
     add("--ravel", help="JSON file of entities and attributes, see `ravel_prompts`")
-    add(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0, 1, 2],
-        help="all for tpp and scr, else the first",
-    )
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="all for tpp, scr; else the first")
     add("--all", action="store_true", help="print every figure; the JSON always has them")
     add("--html", action="store_true", help="also write a page with charts and the core's latents")
     add("--out", type=Path, help="JSON file (FOLDER/eval.json); nothing is overwritten")
     args = parser.parse_args(argv)
     if len(args.columns) < 2 or args.tokens < 1:
-        parser.error("--columns needs two or three names, --tokens 1 or above")
+        parser.error("--columns must be two or three names, --tokens 1 or above")
     return args
 
 
@@ -1148,11 +1144,11 @@ def load(args):
     folder whose held-out text is measured on, or None. BadInput"""
     trained = [cycles(folder) or [folder] for folder in args.folders]
     folders = [folder for t in trained for folder in dict.fromkeys([t[0], t[-1]])]
-    cfgs = [read_cfg(folder) for folder in folders]
-    models = {args.model or Path(str(cfg["model"])).name for cfg in cfgs}
+    cfgs = {folder: read_cfg(folder) for folder in folders}
+    models = {args.model or Path(str(cfg["model"])).name for cfg in cfgs.values()}
     if len(models) > 1 or models == {"None"}:
         raise BadInput(f"{folders[0]}: of model {models}: name one, --model google/gemma-2-2b")
-    known, home = cfgs[0], folders[0].parent
+    known, home = cfgs[folders[0]], folders[0].parent
     for name in "model", "text":  # a relative path began where dmsae.py was started
         places = [base / str(known.get(name)) for base in (Path(), *folders[0].resolve().parents)]
         found = next((str(p) for p in places if p.exists()), known.get(name))
@@ -1167,19 +1163,16 @@ def load(args):
     known["device"] = args.device
     cfg = Config(**{name: known[name] for name in NEEDED if known.get(name) is not None})
     dmsae.check(cfg)
-    saes = [unit_rows(load_sae(folder, cfg.device)) for folder in folders]
-    layers = [cfg["layer"] for cfg in cfgs]
-    return list(zip(folders, layers, saes, strict=True)), cfg, home
+    saes = [(f, c["layer"], unit_rows(load_sae(f, cfg.device))) for f, c in cfgs.items()]
+    return saes, cfg, home
 
 
 def open_inputs(args, saes, cfg, home):
     """All that is measured with: model, tokenizer, contexts ids and keep (R, T), {labelled file:
     (texts, labels, spurious)}, prompts of RAVEL; and a line that says what the text is. BadInput"""
-    words, facts = (
-        (args.columns, args.tokens // 128, args.seeds[0]),
-        dict(entities={}, templates={}),
-    )
+    words = args.columns, args.tokens // 128, args.seeds[0]
     texts = {file: labelled(read_rows(file), *words) for file in args.labelled}
+    facts = dict(entities={}, templates={})
     if args.ravel:
         facts = read_json(args.ravel, *facts)
     model, tokenizer = dmsae.load_model(cfg)
@@ -1195,7 +1188,11 @@ def open_inputs(args, saes, cfg, home):
         ids, keep = text.contexts(slice(min(most, max(1, args.tokens // cfg.ctx))))
     source = "held out by the run" if home else f"first of {Path(cfg.text or cfg.dataset).name}"
     about = f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}"
-    return (model, tokenizer, ids, keep, texts, ravel_prompts(tokenizer, facts)), about
+    try:
+        prompts = ravel_prompts(tokenizer, facts)
+    except (AttributeError, TypeError) as e:
+        raise BadInput(f"--ravel {args.ravel}: must be as `ravel_prompts` says ({e})") from None
+    return (model, tokenizer, ids, keep, texts, prompts), about
 
 
 def free_path(args):

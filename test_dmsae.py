@@ -3061,6 +3061,7 @@ REFUSED = [
     (["RUN", "--columns", "text"], "two or three"),
     (["RUN", "--labelled", "CSV", "--columns", "text", "label", "sex"], "label sex"),
     (["RUN", "--ravel", "BAD"], "entities, templates"),
+    (["RUN", "--ravel", "ODD"], "must be as `ravel_prompts` says"),
     (["RUN", "--ravel", "/nowhere.json"], "No such file"),
     (["DAMAGED"], "cycle1/cfg.json: must be JSON"),
     (["FIRST"], "cycle0/cfg.json: must be JSON"),
@@ -3085,6 +3086,7 @@ def test_eval_refuses_bad_input_in_one_line(words, says, story, labels_csv, tmp_
     (tmp_path / "cut.jsonl").write_text('{"text": "a", "lab')
     (tmp_path / "md.md").write_text("# text,label\n")
     (tmp_path / "bad.json").write_text('{"entities": 3}')
+    (tmp_path / "odd.json").write_text('{"entities": 3, "templates": {"a": ["{entity}"]}}')
     damaged = dict(damaged="cycle1/cfg.json", first="cycle0/cfg.json", emptied="tokens.bin")
     damaged |= dict(keyless="cycle1/cfg.json", widthless="cycle0/cfg.json")
     for name, file in damaged.items():
@@ -3093,7 +3095,7 @@ def test_eval_refuses_bad_input_in_one_line(words, says, story, labels_csv, tmp_
             text = (story / file).read_text(errors="replace").replace('"result"', '"x"')
             cut = text.replace('"d_in"', '"x"') if "less" in name else ""
             (tmp_path / name / file).write_text(cut)
-    files = "empty.csv one.csv cut.jsonl md.md bad.json".split()
+    files = "empty.csv one.csv cut.jsonl md.md bad.json odd.json".split()
     files += ["other", "hook", "nameless", "early", *damaged]
     real = {Path(file).stem.upper(): tmp_path / file for file in files}
     real |= dict(RUN=story, CSV=labels_csv / "t.csv")
