@@ -955,7 +955,6 @@ const {core} = data, rows = Object.values(data.stability)[0] ?? [], last = rows.
 const show = (v, digits = 4) => typeof v == "number" && v % 1 ? +v.toPrecision(digits) : v ?? "-"
 const says = (figure, key = figure.replace(/.*: |_std$/g, "")) =>
   data.says[key] ?? data.says[key.replace(/\\d+/g, "N")] ?? ""
-const COLOURS = "#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377 #bbbbbb".split(" ")
 function axis(values, from, to, least) {  // [place of a value, round numbers along the axis]
   const low = Math.min(...values), width = Math.max(...values) - low || 1, round = []
   const unit = 10 ** Math.floor(Math.log10(width)), fits = s => width / unit / s <= 5
@@ -972,7 +971,8 @@ function chart(title, xName, yName, series, least = 0) {  // series: {name: [[x,
   svg += each(ys, y => `<path d="M40 ${down(y)}H320" stroke=#ddd></path>
     <text x=34 y=${down(y) + 4} text-anchor=end>${show(y)}</text>`)
   Object.entries(series).forEach(([name, line], i) => {
-    const places = line.map(([x, y]) => [across(x), down(y)]), colour = COLOURS[i % 7]
+    const colour = `hsl(${210 + 137 * i},60%,${40 + 12 * (i % 3)}%)`  // far from the one before
+    const places = line.map(([x, y]) => [across(x), down(y)])
     svg += `<polyline fill=none stroke=${colour} points="${places.join(" ")}"></polyline>`
     svg += each(places, ([x, y], n) => `<circle cx=${x} cy=${y} r=${r} fill=${colour}>
       <title>${name}: ${xName} ${show(line[n][0])}, ${yName} ${show(line[n][1])}</title></circle>`)
@@ -995,8 +995,8 @@ if (last) {
   for (const b in last.origins) born[`born in ${+b}`] = over(row => row.origins[b] ?? 0)
   for (const g in last.fvu) fvu[`prefix ${g}`] = over(row => row.fvu[g])
   const ce = rows.map((row, t) => [`training ${t}`, [[row.l0, row.ce_recovered]]])
-  at("about").innerHTML = `After ${rows.length} trainings of ${last.tokens / 1e6} million tokens the
-    core has ${last.core} latents, ${last.kept} of them from the training before; of the
+  at("about").innerHTML = `After ${rows.length} trainings of ${show(last.tokens / 1e6, 3)} million
+    tokens the core has ${last.core} latents, ${last.kept} of them from the training before; of the
     ${show(last.l0, 3)} latents on at a token ${show(last.core_l0, 3)} are the core's. `
   chart("The core, and who was born when", "training", "latents", born, 1)
   chart("Error by prefix", "training", "FVU, lower is better", fvu, 1)
