@@ -1104,8 +1104,7 @@ def parse(argv=None):
     add("--model", help="hub name or folder, in place of the SAE's own")
     add("--device", default="auto", help="cuda, cuda:N or cpu (%(default)s)")
     add("--labelled", nargs="+", default=[], help=".csv or .jsonl files, for probing, tpp and scr")
-    names = "of --labelled: text, label and, for scr, a spurious label (%(default)s)"
-    add("--columns", nargs="+", default=["text", "label"], help=names)
+    add("--columns", nargs="+", default=["text", "label"], help="of --labelled; scr needs a third")
     add("--ravel", help="JSON file of entities and attributes, see `ravel_prompts`")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="all for tpp, scr; else the first")
     add("--all", action="store_true", help="print every figure; the JSON always has them")
@@ -1136,6 +1135,9 @@ def read_cfg(folder):
         raise BadInput(f"{folder}: {cfg['hook_name']}: hook_name must be blocks.N.hook_resid_post")
     known = dict(model=cfg.get("model_name"), ctx=cfg.get("context_size"))
     known |= dict(dataset=cfg.get("dataset_path")) | (cfg.get("config") or {})
+    for name in "model", "text":  # a relative path began where dmsae.py was started
+        places = [base / str(known.get(name)) for base in (Path(), *folder.resolve().parents)]
+        known[name] = next((str(p.resolve()) for p in places if p.exists()), known.get(name))
     return known | dict(layer=int(hook[1]) - (hook[2] == "pre"))
 
 
@@ -1145,21 +1147,18 @@ def load(args):
     trained = [cycles(folder) or [folder] for folder in args.folders]
     folders = [folder for t in trained for folder in dict.fromkeys([t[0], t[-1]])]
     cfgs = {folder: read_cfg(folder) for folder in folders}
-    models = {args.model or Path(str(cfg["model"])).name for cfg in cfgs.values()}
-    if len(models) > 1 or models == {"None"}:
-        raise BadInput(f"{folders[0]}: of model {models}: name one, --model google/gemma-2-2b")
+    models = {args.model or cfg["model"] for cfg in cfgs.values()}
+    if len(models) > 1 or None in models:
+        raise BadInput(f"{folders[0]}: SAEs of models {models}: name one by --model")
     known, home = cfgs[folders[0]], folders[0].parent
-    for name in "model", "text":  # a relative path began where dmsae.py was started
-        places = [base / str(known.get(name)) for base in (Path(), *folders[0].resolve().parents)]
-        found = next((str(p) for p in places if p.exists()), known.get(name))
-        known[name] = getattr(args, name) or found
     if args.text or args.model or not (home / "tokens.bin").exists():
         home = None
         known |= dict(batch=1, tokens=args.tokens, attribution_tokens=1)
     else:
         known |= dict(text=None, dataset=f"{home}/tokens.bin")
     if args.text:
-        known |= dict(separator=None, text_column=None)
+        known |= dict(text=args.text, separator=None, text_column=None)
+    (known["model"],) = models
     known["device"] = args.device
     cfg = Config(**{name: known[name] for name in NEEDED if known.get(name) is not None})
     dmsae.check(cfg)

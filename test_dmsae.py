@@ -3055,6 +3055,7 @@ REFUSED = [
     (["RUN", "--device", "cuda:9"], "--device"),
     (["HOOK"], "hook"),
     (["NAMELESS"], "--model"),
+    (["RUN", "EARLY"], "name one by --model"),
     (["EARLY"], "--layer -1"),
     (["RUN", "--tokens", "x"], "invalid int"),
     (["RUN", "--seeds", "x"], "invalid int"),
