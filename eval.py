@@ -21,8 +21,6 @@ import re
 import sys
 import tempfile
 from collections import Counter, defaultdict, namedtuple
-from contextlib import suppress
-from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -697,79 +695,72 @@ def ravel(model, layer, sae, prompts, most=5000, seed=0):
 # -------------------------------------------------------------------------------------------------
 def cycles(run):
     """The SAE folders of a run folder, in order; none where it is no run."""
-    folders = [path.parent for path in Path(run).glob("cycle*/cfg.json")]
-    return sorted((f for f in folders if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
+    numbers = [p.parent.name[5:] for p in Path(run).glob("cycle*/core.safetensors")]
+    return [Path(run) / f"cycle{n}" for n in sorted(int(n) for n in numbers if n.isdigit())]
 
 
-def is_trained(folder):
-    """Whether an SAE folder is a training of a run."""
-    return folder in cycles(folder.parent) and (folder / "core.safetensors").exists()
+def read_json(path, *needed):
+    """A JSON file, what is under "metadata" (of newer SAELens) among the rest. BadInput"""
+    try:
+        data = json.loads(Path(path).read_text())
+        data |= data.get("metadata") or {}
+        return data | {key: data[key] for key in needed}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        advice = "give another folder or file, or move this one away and train it again"
+        raise BadInput(f"{path}: must be JSON with {', '.join(needed)} ({e!r}): {advice}") from None
 
 
-def stability(run):
-    """For each training of a run its row of dmsae.py's table, and how its core overlaps with that
-    before. Exact: a core's rows are frozen, so an identity needs no matching. BadInput
+def stability(folder):
+    """How the core chosen after a training, an SAE folder, overlaps with that before; and the
+    training's own figures. Exact: a core's rows are frozen, so an identity needs no matching.
+    CannotRun, BadInput
 
     core: latents of the core chosen after the training
     kept, dropped: those of the core before that were chosen again, and that were not
     new: those chosen for the first time
     jaccard: kept over all in either core; 1 is the same core
     identity_overlap: share of the core before that was kept
+    cycle, tokens, seconds, dead, ce, ce_recovered: of the training, as dmsae.py measured them
     """
-    rows = []
-    for folder in cycles(run):
-        row = read_cfg(folder)["result"]
-        core, _ = load_core(folder / "core.safetensors")
-        row["votes"] = dict(sorted(Counter(core.votes.tolist()).items()))
-        row["jaccard"] = row["kept"] / (row["core"] + row["dropped"])
-        row["identity_overlap"] = row["kept"] / max(1, row["kept"] + row["dropped"])
-        rows.append(row)
-    return rows
-
-
-def training_row(folder):
-    """Of an SAE folder, its row of `stability`, in numbers. CannotRun"""
-    if not is_trained(folder):
+    if folder not in cycles(folder.parent):
         raise CannotRun("the SAE is in no run folder of dmsae.py")
-    row = stability(folder.parent)[cycles(folder.parent).index(folder)]
-    return {k: row[k] for k in ("core", "kept", "new", "dropped", "jaccard", "identity_overlap")}
+    row = read_json(folder / "cfg.json", "result")["result"]
+    core, _ = load_core(folder / "core.safetensors")
+    row["votes"] = Counter(sorted(core.votes.tolist()))
+    row["jaccard"] = row["kept"] / (row["core"] + row["dropped"])
+    return row | dict(identity_overlap=row["kept"] / max(1, row["kept"] + row["dropped"]))
 
 
 def assignment(cost):
-    """The column of each row, one to one, of least total cost: (n, m), n <= m, -> (n,). Exact, by
-    shortest augmenting paths (Jonker & Volgenant 1987): of n rows each at most n vector operations.
-    """
-    n, m = cost.shape
-    row_price, column_price = np.zeros(n), np.zeros(m + 1)
-    row_of = np.full(m + 1, -1)  # of each column; column m is where a path begins
-    for row in range(n):
-        row_of[m], column = row, m
-        seen, previous = np.zeros(m + 1, bool), np.full(m + 1, m)
-        slack = np.full(m + 1, np.inf)
-        while row_of[column] >= 0:  # until a column is free
+    """The row of each column, one to one, of least total cost: (n, m), n <= m, -> (m,), -1 for a
+    column without. Exact, by shortest augmenting paths (Jonker & Volgenant 1987): of n rows each at
+    most n vector operations."""
+    price, row_of = np.zeros(cost.shape[1]), np.full(cost.shape[1], -1)
+    for row in range(len(cost)):
+        distance = cost[row] - price  # of the shortest path to each column,
+        previous, seen = np.full(len(price), -1), np.zeros(len(price), bool)  # and its last step
+        while row_of[column := np.where(seen, np.inf, distance).argmin()] >= 0:
             seen[column] = True
-            reduced = cost[row_of[column]] - row_price[row_of[column]] - column_price[:m]
-            closer = np.flatnonzero(~seen[:m] & (reduced < slack[:m]))
-            slack[closer], previous[closer] = reduced[closer], column
-            column = np.where(seen, np.inf, slack).argmin()
-            step = slack[column]
-            row_price[row_of[seen]] += step
-            column_price[seen] -= step
-            slack[~seen] -= step
-        while column != m:  # shift the partners along the path
+            further = cost[row_of[column]] - price
+            further += distance[column] - further[column]
+            closer = ~seen & (further < distance)
+            distance[closer], previous[closer] = further[closer], column
+        price[seen] += distance[seen] - distance[column]
+        while previous[column] >= 0:  # shift the partners along the path
             row_of[column] = row_of[previous[column]]
             column = previous[column]
-    taken = np.flatnonzero(row_of[:m] >= 0)
-    return taken[row_of[taken].argsort()]
+        row_of[column] = row
+    return row_of
 
 
-def matched_cosines(a, b):
-    """Cosines of the one-to-one matching of a (n, D) and b (m, D) of the largest sum: (min(n, m),).
-    Their mean is PW-MCC (Song et al. 2025, arXiv 2505.20254). Ours: signed, as a latent is on in
-    one direction only; of sets of unequal size the smaller is matched."""
-    cosine = (F.normalize(a) @ F.normalize(b).T).double().cpu().numpy()
-    cosine = cosine if len(a) <= len(b) else cosine.T
-    return cosine[np.arange(len(cosine)), assignment(-cosine)]
+def pw_mcc(a, b):
+    """Mean cosine of the one-to-one matching of a (n, D) and b (m, D) where it is largest (Song et
+    al. 2025, arXiv 2505.20254). Ours: signed, as a latent is on in one direction only; of sets of
+    unequal size the smaller is matched."""
+    a, b = sorted((a, b), key=len)
+    cosine = (F.normalize(a) @ F.normalize(b).T).double().numpy()
+    row_of = assignment(-cosine)
+    return cosine[row_of, np.arange(len(b))][row_of >= 0].mean()
 
 
 def agreement(run_a, run_b, seed=0):
@@ -780,92 +771,71 @@ def agreement(run_a, run_b, seed=0):
     rng, sides, out = dmsae.generator(seed, "agreement"), [], {}
     for folder in cycles(run_a)[-1], cycles(run_b)[-1]:
         sae, (core, _) = load_sae(folder), load_core(folder / "core.safetensors")
-        prefix = torch.arange(sae.widths[0])
-        drawn = torch.randperm(len(prefix), generator=rng)[: len(core.index)]
-        sets = {"core": core.index, "drawn from prefix 0": drawn, "prefix 0": prefix}
-        rows = torch.stack([sae.W_enc, sae.W_dec]).detach()  # (2, F, D)
-        sides.append({name: rows[:, index] for name, index in sets.items()})
-    for name, rows in sides[0].items():
-        others = sides[1][name]
-        out[name] = dict(n=[rows.shape[1], others.shape[1]])
-        for kind, a, b in zip(("encoder", "decoder"), rows, others, strict=True):
-            out[name][kind] = float(matched_cosines(a, b).mean())
-            noise = torch.randn(a.shape, generator=rng)
-            out[name][f"{kind}_random"] = float(matched_cosines(noise, b).mean())
+        drawn = torch.randperm(sae.widths[0], generator=rng)[: len(core.index)]
+        sets = {"core": core.index, "drawn from prefix 0": drawn}
+        sets["prefix 0"] = torch.arange(sae.widths[0])
+        kinds = ("encoder", sae.W_enc.detach()), ("decoder", sae.W_dec.detach())
+        sides.append({(s, kind): W[at] for s, at in sets.items() for kind, W in kinds})
+    for (name, kind), a in sides[0].items():
+        b = sides[1][name, kind]
+        row = out.setdefault(name, dict(n=[len(a), len(b)]))
+        row[kind] = pw_mcc(a, b)
+        row[f"{kind}_random"] = pw_mcc(torch.randn(a.shape, generator=rng), b)
     return out
 
 
 # -------------------------------------------------------------------------------------------------
 # The table
 # -------------------------------------------------------------------------------------------------
-FIRST = """
-L0 | core | l0 | lower
-core L0 | core | core_l0 | lower
-FVU | core | fvu | lower
-CE recovered | core | ce_loss_score | higher
-alive | core | frac_alive | higher
-core size | stability | core | lower
-kept | stability | kept | higher
-probing, 1 latent | probing | sae_top_1_test_accuracy | higher
-TPP, 20 latents | tpp | tpp_threshold_20_total_metric | higher
-SCR, 20 latents | scr | scr_metric_threshold_20 | higher
-RAVEL | ravel | disentanglement_score | higher
-"""
-
-
-def short(folder):
-    return "/".join(Path(folder).parts[-2:])
-
-
-def headline(report):
-    """[(name, key, better, figures of the SAEs)] of the first eight of FIRST that ran."""
-    rows = []
-    for name, kind, key, better in (line.split(" | ") for line in FIRST.strip().splitlines()):
-        values = []
-        for sae in report["saes"]:
-            ran = [m for metric, m in sae["metrics"].items() if metric.split()[0] == kind]
-            values.append(next((m[key] for m in ran if key in m), None))
-        if any(value is not None for value in values):
-            rows.append((name, key, better, values))
-    return rows[:8]
+FIRST = {  # what matters first: its name, and which way is better
+    "core: l0": "L0, lower is better",
+    "core: core_l0": "core L0",
+    "core: fvu": "FVU, lower is better",
+    "core: ce_loss_score": "CE recovered, higher is better",
+    "core: frac_alive": "alive, higher is better",
+    "stability: core": "core size",
+    "stability: kept": "kept, higher is better",
+    "probing: sae_top_1_test_accuracy": "probing by 1 latent, higher is better",
+    "tpp: tpp_threshold_20_total_metric": "TPP of 20 latents, higher is better",
+}
 
 
 def every_figure(report):
-    """(metric, key, figures of the SAEs) of all that is one number or word."""
-    saes = [sae["metrics"] for sae in report["saes"]]
-    for metric in dict.fromkeys(name for metrics in saes for name in metrics):
-        of_each = [metrics.get(metric, {}) for metrics in saes]
-        for key in dict.fromkeys(key for figures in of_each for key in figures):
-            values = [figures.get(key) for figures in of_each]
-            if not any(isinstance(value, (list, dict)) for value in values):
-                yield metric, key, values
+    """{"metric: key": figures of the SAEs} of all that is one number or word."""
+    rows, n = {}, len(report["saes"])
+    for i, sae in enumerate(report["saes"]):
+        for metric, figures in sae["metrics"].items():
+            for key, value in figures.items():
+                if not isinstance(value, (list, dict)):
+                    rows.setdefault(f"{metric}: {key}", [None] * n)[i] = value
+    return rows
 
 
-def show(value):
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+def headline(report):
+    """[(name, "metric: key", figures of the SAEs)] of the first eight of FIRST that ran."""
+    ran = {re.sub(" .*:", ":", at): values for at, values in every_figure(report).items()}
+    return [(name, at, ran[at]) for at, name in FIRST.items() if at in ran][:8]
 
 
 def table(report, everything=False):
     """Lines for the terminal."""
-    rows = [("", *(short(sae["folder"]) for sae in report["saes"]))]
-    rows += [(name, *map(show, values)) for name, _, _, values in headline(report)]
+    rows = {"": ["/".join(Path(sae["folder"]).parts[-2:]) for sae in report["saes"]]}
+    rows |= {name: values for name, _, values in headline(report)}
+    figures = every_figure(report)
+    reasons = {at: figures.pop(at) for at in list(figures) if "cannot_run" in at}
     if everything or len(rows) == 1:
-        rows += [(f"{m}: {key}", *map(show, values)) for m, key, values in every_figure(report)]
-    left, right = max(len(row[0]) for row in rows), max(14, *map(len, rows[0]))
-    for name, *cells in rows:
-        yield name.ljust(left) + "".join(f"  {cell:>{right}}" for cell in cells)
-    reasons = {}
-    for sae, (metric, figures) in ((s, m) for s in report["saes"] for m in s["metrics"].items()):
-        if "cannot_run" in figures:
-            names = reasons.setdefault(figures["cannot_run"], ({}, {}))
-            names[0][metric] = names[1][short(sae["folder"])] = None  # each once, in order
-    for why, names in reasons.items():
-        metrics, folders = map(", ".join, names)
-        yield f"{metrics} of {folders} cannot run: {why}"
+        rows |= figures
+    for name, values in rows.items():
+        cells = (
+            f"{v:.4g}" if isinstance(v, float) else str(v).replace("None", "-") for v in values
+        )
+        yield f"{name:38}" + "".join(f"  {cell:>26}" for cell in cells)
+    for name, whys in reasons.items():
+        yield f"{name.replace('_', ' ')}: {'; '.join(dict.fromkeys(filter(None, whys)))}"
     for pair, sets in report["agreement"].items():
         for name, row in sets.items():
-            beside = "{n}: decoder {decoder:.3f}, random directions {decoder_random:.3f}"
-            yield f"PW-MCC of {pair}, {name} {beside.format(**row)}"
+            beside = f"decoder {row['decoder']:.3f}, random directions {row['decoder_random']:.3f}"
+            yield f"PW-MCC of {pair}, {name} {row['n']}: {beside}"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -873,381 +843,268 @@ def table(report, everything=False):
 # -------------------------------------------------------------------------------------------------
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>dmsae</title>
 <meta name=viewport content="width=device-width,initial-scale=1"><style>
-body{font:16px/1.5 system-ui,sans-serif;margin:auto;max-width:68em;padding:1em;color:#222}
-h1{font-size:1.4em}h2{margin-top:2em}small{color:#666}a{color:inherit}
-td{padding:.1em .8em .1em 0;vertical-align:top}
-.bar{display:block;height:.5em;max-width:8em;background:#4477aa}
-.grid{display:grid;gap:1.5em;grid-template-columns:repeat(auto-fill,minmax(min(19em,100%),1fr))}
-figure{margin:0}svg{width:100%}text{font-size:11px;fill:#444;text-anchor:middle}
-.key{display:inline-block;margin-right:1em}
-.key i{background:currentColor;margin-right:.4em;padding:0 .4em}
-article{border:1px solid #ddd;border-radius:.5em;padding:.7em;overflow-wrap:anywhere}
-article h3{margin:0}article p{font:.8em/1.6 monospace;margin:.5em 0;white-space:pre-wrap}
-kbd{background:#eee;border-radius:.3em;padding:0 .3em;margin-right:.3em;white-space:pre}
-:target{outline:3px solid #ccbb44}[hidden]{display:none}
-details{overflow-x:auto}details td{font-size:.85em}</style>
-<h1></h1><p id=about></p><table id=first><tr><td><td>plain SAE<td>last SAE<td>difference</table>
-<h2>The run</h2><div id=charts class=grid></div>
-<h2>The core's features</h2><input id=find placeholder="filter, such as a token"> by
-<select id=by><option>attribution<option>density<option>birth</select><p>
-<div id=cards class=grid></div><h2>All figures</h2><div id=all></div>
-<script type="application/json" id=data>DATA</script><script>
-const colours = "#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377 #bbbbbb".split(" ")
-const at = id => document.getElementById(id), data = JSON.parse(at("data").textContent)
-
-function add(parent, tag, text = "", attributes = {}) {  // text is never read as HTML
-  const svg = "http://www.w3.org/2000/svg"
-  const element = document.createElementNS(tag == "svg" ? svg : parent.namespaceURI, tag)
-  for (const name in attributes) element.setAttribute(name, attributes[name])
-  element.textContent = text
-  return parent.appendChild(element)
+body{font:16px/1.5 system-ui,sans-serif;margin:auto;max-width:70em;padding:1em;color:#222}
+h2{margin-top:2em}small{color:#666}figure{margin:0}svg{width:100%}text{font-size:11px;fill:#666}
+#first,#charts,#cards{display:grid;gap:1.5em;grid:auto/repeat(auto-fill,minmax(min(18em,100%),1fr))}
+article{border:1px solid #ddd;border-radius:.5em;padding:.8em;overflow-wrap:anywhere}
+article p{font:.8em/1.6 monospace;margin:.5em 0 0;white-space:pre-wrap}kbd{background:#eee}
+progress{width:3em}details{overflow-x:auto}td{padding-right:1em}:target{border-color:red}</style>
+<h1 id=title></h1><p id=about></p><div id=first></div><h2>The run</h2><div id=charts></div>
+<h2>The core's latents</h2><input id=find placeholder="filter, such as a token"> by <select id=by>
+<option value=score>attribution<option>density<option>birth</select><p><div id=cards></div>
+<h2>All figures</h2><div id=all></div><script type="application/json" id=data>DATA</script><script>
+const at = id => document.getElementById(id), each = (list, f) => list.map(f).join("")
+const plain = v => v?.replace?.(/[&<>"]/g, c => `&#${c.charCodeAt()};`).replace(/\\n/g, "↵") ?? v
+const data = JSON.parse(at("data").textContent, (_, v) => plain(v))  // no text is read as HTML
+const {core} = data, rows = Object.values(data.stability)[0] ?? [], last = rows.at(-1)
+const show = (v, digits = 4) => typeof v == "number" && v % 1 ? +v.toPrecision(digits) : v ?? "-"
+const says = (figure, key = figure.replace(/.*: |_std$/g, "")) =>
+  data.says[key] ?? data.says[key.replace(/\\d+/g, "N")] ?? ""
+function axis(values, from, to, least) {  // [place of a value, round numbers along the axis]
+  const low = Math.min(...values), width = Math.max(...values) - low || 1, round = []
+  const unit = 10 ** Math.floor(Math.log10(width)), fits = s => width / unit / s <= 5
+  const step = Math.max(least, unit * [0.2, 0.5, 1, 2].find(fits))
+  for (let i = Math.ceil(low / step); i * step < low + 1.001 * width; i++) round.push(i * step)
+  return [v => from + (to - from) * (0.04 + 0.92 * (v - low) / width), round]
 }
-function show(v, digits = 4) {
-  return typeof v != "number" ? v ?? "-" : Number.isInteger(v) ? v : +v.toPrecision(digits)
+function chart(title, xName, yName, series, least = 0) {  // series: {name: [[x, y], ...]}
+  const points = Object.values(series).flat(), r = points.length > 99 ? 1 : 4
+  const [across, xs] = axis(points.map(p => p[0]), 40, 320, least)
+  const [down, ys] = axis(points.map(p => p[1]), 195, 5, 0)
+  let key = "", svg = `<text x=180 y=226 text-anchor=middle>${xName}</text>`
+  svg += each(xs, x => `<text x=${across(x)} y=210 text-anchor=middle>${show(x)}</text>`)
+  svg += each(ys, y => `<path d="M40 ${down(y)}H320" stroke=#ddd></path>
+    <text x=34 y=${down(y) + 4} text-anchor=end>${show(y)}</text>`)
+  Object.entries(series).forEach(([name, line], i) => {
+    const colour = `hsl(${210 + 137 * i},60%,${40 + 12 * (i % 3)}%)`  // far from the one before
+    const places = line.map(([x, y]) => [across(x), down(y)])
+    svg += `<polyline fill=none stroke=${colour} points="${places.join(" ")}"></polyline>`
+    svg += each(places, ([x, y], n) => `<circle cx=${x} cy=${y} r=${r} fill=${colour}>
+      <title>${name}: ${xName} ${show(line[n][0])}, ${yName} ${show(line[n][1])}</title></circle>`)
+    key += `<nobr style="color:${colour}">■ <small>${name}</small></nobr> &ensp; `
+  })
+  at("charts").innerHTML += `<figure><b>${title}</b><br><small>${yName}</small>
+    <svg viewBox="0 0 325 230">${svg}</svg>${key}</figure>`
 }
-
-function says(key) {
-  const name = key.replace(/_std$/, "")
-  return data.says[name] ?? data.says[name.replace(/\\d+/g, "N")] ?? ""
+at("title").innerHTML = `${data.model}, layer ${data.layer}, k ${data.k}`
+at("first").innerHTML = each(data.first, ([name, figure, values]) => {
+  const [title, way = "neither way is better"] = name.split(", "), [a, b] = values
+  const change = a == null || b == null ? "" : (b > a ? "+" : "") + show(b - a, 3)
+  const bar = (v, i) => `<br><progress value=${v ?? 0} max=${Math.max(...values) || 1}></progress>
+    ${show(v)} <small>${data.folders[i].split("/").slice(-2).join("/")}</small>`
+  return `<div title="${says(figure)}; ${way}"><b>${title}</b> ${change}${each(values, bar)}</div>`
+})
+if (last) {
+  const over = f => rows.map((row, t) => [t, f(row)]), born = {all: over(row => row.core)}
+  const l0 = {core: over(row => row.core_l0), rest: over(row => row.l0 - row.core_l0)}, fvu = {}
+  for (const b in last.origins) born[`born in ${+b}`] = over(row => row.origins[b] ?? 0)
+  for (const g in last.fvu) fvu[`prefix ${g}`] = over(row => row.fvu[g])
+  const ce = rows.map((row, t) => [`training ${t}`, [[row.l0, row.ce_recovered]]])
+  at("about").innerHTML = `After ${rows.length} trainings of ${show(last.tokens / 1e6, 3)} million
+    tokens the core has ${last.core} latents, ${last.kept} of them from the training before; of the
+    ${show(last.l0, 3)} latents on at a token ${show(last.core_l0, 3)} are the core's. `
+  chart("The core, and who was born when", "training", "latents", born, 1)
+  chart("Error by prefix", "training", "FVU, lower is better", fvu, 1)
+  chart("Loss recovered", "L0", "CE recovered, higher is better", Object.fromEntries(ce))
+  chart("L0 of core and rest", "training", "latents on at a token", l0, 1)
 }
-
-function ticks(low, high) {
-  const unit = 10 ** Math.floor(Math.log10(high - low)), out = []
-  const step = [0.2, 0.5, 1, 2].map(s => s * unit).find(s => (high - low) / s <= 5)
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9; i++) out.push(i * step)
-  return out
-}
-
-// series: {name: [[x, y], ...]}; bars stand one on the other
-function chart(title, xName, yName, series, bars = false) {
-  const figure = add(at("charts"), "figure"), points = Object.values(series).flat()
-  add(figure, "b", title)
-  add(figure, "div", yName, {style: "font-size:.8em;color:#666"})
-  const svg = add(figure, "svg", "", {viewBox: "0 0 320 225"}), floor = {}
-  const xs = [...new Set(points.map(p => p[0]))].sort((a, b) => a - b)
-  const gap = xs.length > 1 ? Math.min(...xs.slice(1).map((x, i) => x - xs[i])) / 2 : 0.5
-  const left = xs[0] - gap, width = xs.at(-1) + gap - left, ys = points.map(p => p[1])
-  const sums = xs.map(x => points.filter(p => p[0] == x).reduce((sum, p) => sum + p[1], 0))
-  const bottom = bars ? 0 : Math.min(...ys), top = Math.max(...(bars ? sums : ys))
-  const height = top - bottom || 1
-  const across = x => 52 + 260 * (x - left) / width, down = y => 185 - 170 * (y - bottom) / height
-  for (const y of ticks(bottom, bottom + height)) {
-    add(svg, "path", "", {d: `M52 ${down(y)}H312`, stroke: "#ddd"})
-    add(svg, "text", show(y), {x: 26, y: down(y) + 4})
-  }
-  for (const x of ticks(left, left + width)) add(svg, "text", show(x), {x: across(x), y: 202})
-  add(svg, "text", xName, {x: 182, y: 220})
-  Object.entries(series).forEach(([name, points], i) => {
-    const colour = colours[i % 7], key = add(figure, "span", "", {class: "key"})
-    add(key, "i", "", {style: `color:${colour}`})
-    add(key, "small", name)
-    const path = points.map(([x, y]) => `${across(x)},${down(y)}`).join(" ")
-    if (!bars) add(svg, "polyline", "", {points: path, fill: "none", stroke: colour})
-    for (const [x, y] of points) {
-      const y0 = floor[x] ?? 0, box = {x: across(x - gap / 2), y: down(y0 + y), fill: colour}
-      const size = {width: 260 * gap / width, height: 170 * y / height}
-      const r = points.length < 20 ? 4 : 1
-      const shape = bars ? add(svg, "rect", "", {...box, ...size}) :
-        add(svg, "circle", "", {cx: across(x), cy: down(y), r, fill: colour})
-      add(shape, "title", `${name}: ${xName} ${show(x)}, ${yName} ${show(y)}`)
-      if (bars) floor[x] = y0 + y
-    }
+at("about").innerHTML += `Measured on ${data.text}.`
+if (core) {
+  const curve = data.share.map((y, i) => [i + 1, y]), end = curve.length
+  chart("Attribution, largest first", "latents of core and prefix 0", "share of all",
+    {attribution: curve, "90 %": [[1, 0.9], [end, 0.9]]})
+  const bins = data.density.map(d => Math.round(2 * Math.log10(d + 1e-6)) / 2)
+  const often = own => [...new Set(bins)].sort((a, b) => a - b).map(bin =>
+    [bin, bins.filter((b, i) => b == bin && core.index.includes(i) == own).length])
+  chart("How often latents are on", "log10 of the share of tokens", "latents",
+    {core: often(true), "rest of prefix 0": often(false)}, 0.5)
+  at("cards").innerHTML = each(data.contexts, (contexts, c) => `<article id=latent-${core.index[c]}>
+    <b><a href="#latent-${core.index[c]}">latent ${core.index[c]}</a></b><br><small>
+    ${show(100 * core.score[c], 3)} % of the core's attribution; on at
+    ${show(100 * core.density[c], 3)} % of tokens; born in training ${core.birth[c][0]};
+    votes ${core.votes[c]}</small><p>raises ${each(data.raises[c], t => `<kbd>${t}</kbd> `)}</p>` +
+    each(contexts, ([words, shades]) => "<p>" + each(words, (word, i) =>
+    `<span style="background:rgba(238,102,119,${shades[i]})">${word}</span>`)) + "</article>")
+  at("find").oninput = at("by").onchange = () => [...at("cards").children].forEach((card, c) => {
+    const by = at("by").value, key = by == "birth" ? core.birth[c][0] : -core[by][c]
+    card.style.order = Math.round(1e6 * key)
+    card.hidden = !card.textContent.toLowerCase().includes(at("find").value.toLowerCase())
   })
 }
-
-at("about").textContent = data.about
-document.querySelector("h1").textContent = data.title
-for (const [name, key, better, values] of data.first) {
-  const row = add(at("first"), "tr", "", {title: `${says(key)}; ${better} is better`})
-  const [a, b] = values, most = Math.max(a ?? 0, b ?? 0) || 1
-  add(row, "td", name)
-  for (const v of values.slice(0, 2)) {
-    const style = `width:${20 * (v ?? 0) / most}vmin`
-    add(add(row, "td", show(v)), "i", "", {class: "bar", style})
-  }
-  add(row, "td", a == null || b == null ? "" : (b < a ? "" : "+") + show(b - a, 3))
-}
-const rows = data.rows, of = value => rows.map((row, t) => [t, value(row)])
-if (rows.length) {
-  const births = Object.keys(Object.assign({}, ...rows.map(row => row.origins)))
-  const born = births.map(b => [`born in ${b}`, of(row => row.origins[b] ?? 0)])
-  const fvu = rows[0].fvu.map((_, g) => [`prefix ${g}`, of(row => row.fvu[g])])
-  const ce = rows.map((row, t) => [`training ${t}`, [[row.l0, row.ce_recovered]]])
-  const l0 = {core: of(row => row.core_l0), rest: of(row => row.l0 - row.core_l0)}
-  chart("The core, and who was born when", "training", "latents", Object.fromEntries(born), true)
-  chart("FVU by prefix", "training", "FVU, lower is better", Object.fromEntries(fvu))
-  chart("Loss recovered", "L0", "CE recovered, up is better", Object.fromEntries(ce))
-  chart("L0, core and rest", "training", "latents on at a token", l0, true)
-}
-if (data.share.length) {
-  const curve = data.share.map((y, i) => [i + 1, y]), line = [[1, 0.9], [curve.length, 0.9]]
-  const half = d => Math.floor(2 * Math.log10(d)) / 2  // in half decades
-  const bins = [...new Set([...data.core, ...data.others].map(half))]
-  const count = all => bins.map(b => [b, all.filter(d => half(d) == b).length])
-  const often = {core: count(data.core), "rest of prefix 0": count(data.others)}
-  chart("Attribution of the first latents", "latents", "share of all", {curve, "90 %": line})
-  chart("How often latents fire", "log10 of share of tokens", "latents", often, true)
-}
-const cards = data.latents.map(latent => {
-  const card = add(at("cards"), "article", "", {id: `latent-${latent.index}`})
-  add(add(card, "h3"), "a", `latent ${latent.index}`, {href: `#${card.id}`})
-  const [share, often] = [latent.attribution, latent.density].map(v => show(100 * v) + " %")
-  add(card, "small", `${share} of the core's attribution; on at ${often} of tokens; ` +
-    `born in training ${latent.birth}; votes ${latent.votes}`)
-  const raises = add(card, "p", "raises ")
-  for (const token of latent.raises) add(raises, "kbd", token)
-  for (const context of latent.contexts) {
-    const line = add(card, "p")
-    for (const [token, shade] of context)
-      add(line, "span", token, {style: `background:rgba(238,102,119,${shade})`})
-  }
-  return Object.assign(card, {latent})
-})
-at("find").oninput = at("by").onchange = () => {
-  const by = at("by").value, sign = by == "birth" ? 1 : -1, words = at("find").value.toLowerCase()
-  cards.sort((a, b) => sign * (a.latent[by] - b.latent[by]))
-  for (const card of cards) card.hidden = !card.textContent.toLowerCase().includes(words)
-  at("cards").append(...cards)
-}
-let metric, table
-for (const [name, key, values] of data.all) {
-  if (name != metric) {
-    const folded = add(at("all"), "details")
-    add(folded, "summary", metric = name)
-    table = add(folded, "table")
-  }
-  const row = add(table, "tr")
-  for (const cell of [key, ...values.map(v => show(v)), says(key)]) add(row, "td", cell)
-}
-if (location.hash) location.hash = location.hash  // the card is here only now
+for (const metric of new Set(data.all.map(row => row[0].split(": ")[0])))
+  at("all").innerHTML += `<details><summary>${metric.replace(/ .*[\\/]/, " ")}</summary><table>` +
+    each(data.all.filter(row => row[0].startsWith(metric + ": ")), ([figure, values]) =>
+    `<tr><td>${figure.replace(/.*: /, "")}<td>${values.map(v => show(v)).join("<td>")}<td>${
+    says(figure)}`) + "</table></details>"
 </script></html>
 """
 
 
-@torch.no_grad()
 def raised_tokens(model, rows, n=8):
     """The n tokens that directions rows (C, D) raise most: (C, n). The model itself goes from its
     last layer to logits: a final norm or projection has another name in every model."""
     last = model.config.get_text_config().num_hidden_layers - 1
-    ids = torch.zeros(len(rows), 1, dtype=torch.long, device=model.device)
-    logits = edited_logits(model, last, ids, lambda h: rows[:, None].to(h))
-    return logits[:, 0].topk(n).indices
+    ids = rows.new_zeros(len(rows), 1).long()
+    return edited_logits(model, last, ids, lambda h: rows[:, None].to(h))[:, 0].topk(n).indices
 
 
-def core_latents(tokenizer, core, ids, acts, raised):
-    """Facts of each latent of a Core, most important first: the tokens that it raises (C, n), and
-    the four contexts of ids (R, T) in which it fires most, with its activation acts (R, T, C)."""
-    first = tokenizer("a", add_special_tokens=False)["input_ids"]  # after it no space is lost
+def core_page(model, tokenizer, ids, keep, folder, layer, sae):
+    """For the page: attribution's share and density of the candidates (M,), the core's facts, and
+    of its 200 strongest latents the tokens they raise and the contexts that raise them."""
+    core, _ = load_core(folder / "core.safetensors")
+    core.score /= core.score.sum()
+    order = core.score.argsort(descending=True)
+    core = {name: t[order].tolist() for name, t in vars(core).items() if name != "W_enc"}
+    score, density = dmsae.attribute(model, layer, ids, keep, sae)
+    share = score.sort(descending=True).values.cumsum(0) / score.sum()
+    start = tokenizer("a", add_special_tokens=False)["input_ids"]  # after it no space is lost
 
     def words(ids):
-        decoded = tokenizer.batch_decode([[*first, i] for i in ids.tolist()])
-        return [text[len(tokenizer.decode(first)) :].replace("\n", "↵") for text in decoded]
+        decoded = tokenizer.batch_decode([[*start, i] for i in ids.tolist()])
+        return [text[len(tokenizer.decode(start)) :] for text in decoded]
 
-    for c in core.score.argsort(descending=True)[:200].tolist():
-        peak, where = acts[:, :, c].max(1)  # (R,)
-        contexts = []
-        for r in peak.argsort(descending=True)[:4].tolist():
-            near = slice(max(0, int(where[r]) - 10), int(where[r]) + 11)
-            shades = (acts[r, near, c] / peak.max()).tolist()
-            if peak[r] > 0:
-                contexts.append(list(zip(words(ids[r, near]), shades, strict=True)))
-        yield dict(
-            index=int(core.index[c]),
-            attribution=float(core.score[c] / core.score.sum()),
-            density=float(core.density[c]),
-            birth=int(core.birth[c, 0]),
-            votes=int(core.votes[c]),
-            raises=words(raised[c]),
-            contexts=contexts,
-        )
-
-
-@torch.no_grad()
-def core_page(model, tokenizer, ids, keep, subject):
-    """Of (folder, Config, SAE) what the page shows of its core: facts of the latents, attribution's
-    cumulative share over its candidates, densities of the core and of the other candidates."""
-    folder, cfg, sae = subject
-    core, acts = load_core(folder / "core.safetensors")[0], []
+    shown, acts, contexts = core["index"][:200], [], []
     for row in bar(ids.to(model.device), "page"):
-        x = residual_stream(model, cfg.layer, row[None])[0].float()
-        acts.append(sae.encode(x)[:, core.index].cpu())
-    acts = torch.stack(acts) * keep[..., None]
-    raised = raised_tokens(model, sae.W_dec[core.index])
-    with torch.enable_grad():
-        score, density = dmsae.attribute(model, cfg.layer, ids, keep, sae)
-    share = score.sort(descending=True).values.cumsum(0) / score.sum()
-    density = density.clamp_min(1e-6)
-    others = torch.ones_like(density, dtype=torch.bool).index_fill(0, core.index, False)
-    return dict(
-        latents=list(core_latents(tokenizer, core, ids, acts, raised)),
-        share=share.tolist(),
-        core=density[~others].tolist(),
-        others=density[others].tolist(),
-    )
+        x = residual_stream(model, layer, row[None])[0].float()
+        acts.append(sae.encode(x, sae.widths[0])[:, shown].cpu())
+    for fired in (torch.stack(acts) * keep[..., None]).unbind(2):  # (R, T)
+        peak, at = fired.max(1)
+        contexts.append([])
+        for r in peak.argsort(descending=True)[:4].tolist():
+            near = slice(max(0, at[r] - 10), at[r] + 11)
+            shades = fired[r, near] / peak.max().clamp_min(1e-9)
+            contexts[-1].append((words(ids[r, near]), shades.tolist()))
+    out = dict(core=core, share=share.tolist(), density=density.tolist(), contexts=contexts)
+    return out | dict(raises=[words(row) for row in raised_tokens(model, sae.W_dec[shown])])
 
 
 def page(report, of_core):
-    """The report, and what `core_page` gives (or a dict of empty lists), as HTML."""
-    told = latent_figures, core_metrics, absorption, sparse_probing, tpp, scr
-    docs = "".join(function.__doc__ for function in (*told, ravel, stability))
-    lines = re.findall(r"^ +([\w, ]+): (.+)$", docs, re.M)  # what each figure says
+    """The report, and what `core_page` gives or {}, as HTML."""
+    lines = re.findall(r"^    ([\w, ]+): (.+)$", Path(__file__).read_text(), re.M)  # of docstrings
     says = {name: text for names, text in lines for name in names.split(", ")}
-    run, rows = next(iter(report["stability"].items()), ("", []))
-    about = f"Measured on {report['text']}."
-    if rows:
-        words = dict(rows[-1], run=run, k=report["k"], cycles=len(rows) - 1)
-        about = f"{SENTENCE.format(**words, plain=rows[0]['ce_recovered'])} {about}"
-    data = dict(title=f"{report['model']}, layer {report['layer']}", about=about, says=says)
-    data |= dict(first=headline(report), all=list(every_figure(report)), rows=rows) | of_core
-    return PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c"))
-
-
-NO_CORE = dict(latents=[], share=[], core=[], others=[])
-SENTENCE = """{run}: k {k}, {tokens:,} tokens a training. After {cycles} cycles the core has {core}
-latents, {kept} of them kept from the training before. Of {l0:.1f} latents on at a token
-{core_l0:.1f} are the core's. Loss recovered is {ce_recovered:.4f}, without a core {plain:.4f}."""
+    data = {key: report[key] for key in ("layer", "k", "text", "stability")}
+    data |= dict(says=says, first=headline(report), all=list(every_figure(report).items()))
+    data |= dict(model=Path(report["model"]).name, folders=[s["folder"] for s in report["saes"]])
+    return PAGE.replace("DATA", json.dumps(data | of_core).replace("<", "\\u003c"))
 
 
 # -------------------------------------------------------------------------------------------------
 # The command line
 # -------------------------------------------------------------------------------------------------
 METRICS = "core absorption probing tpp scr ravel stability".split()
-FLAGS = "model text dataset text_column separator ctx device".split()  # those of dmsae.py
+# Of an SAE's Config what matters here: an older version has more
+NEEDED = "model layer k ctx batch tokens attribution_tokens device dataset text".split()
+NEEDED += ["text_column", "separator"]
 
 
 def parse(argv=None):
-    """Command line -> argparse's namespace; what cannot be read ends with one line. BadInput"""
+    """Command line -> argparse's namespace; what cannot be read ends with one line."""
     parser = argparse.ArgumentParser("eval.py", allow_abbrev=False)
     parser.error = lambda why: parser.exit(2, f"eval: {why}; --help shows all flags\n")
     add = parser.add_argument
     add("folders", nargs="+", type=Path, help="run folders (first and last SAE) or SAE folders")
     add("--only", nargs="+", choices=METRICS, default=METRICS, help="some of the metrics")
     add("--tokens", type=int, default=1_000_000, help="at most, for a metric (%(default)s)")
+    add("--text", help=".txt, .jsonl or .parquet file, in place of what the run held out")
+    add("--model", help="hub name or folder, in place of the SAE's own")
+    add("--device", default="auto", help="cuda, cuda:N or cpu (%(default)s)")
     add("--labelled", nargs="+", default=[], help=".csv or .jsonl files, for probing, tpp and scr")
-    names = "of --labelled: text, label and, for scr, a spurious label (%(default)s)"
-    add("--columns", nargs="+", default=["text", "label"], help=names)
+    add("--columns", nargs="+", default=["text", "label"], help="of --labelled; scr needs a third")
     add("--ravel", help="JSON file of entities and attributes, see `ravel_prompts`")
-    add("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
-    add("--seeds", type=int, default=3, help="how many, from --seed on, for tpp and scr")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="all for tpp, scr; else the first")
     add("--all", action="store_true", help="print every figure; the JSON always has them")
     add("--html", action="store_true", help="also write a page with charts and the core's latents")
     add("--out", type=Path, help="JSON file (FOLDER/eval.json); nothing is overwritten")
-    for f in fields(Config):
-        if f.name in FLAGS:
-            flag = "--" + f.name.replace("_", "-")
-            add(flag, type=f.type, help="as in dmsae.py, in place of the SAE's own")
     args = parser.parse_args(argv)
-    if min(args.tokens, args.seeds) < 1 or not 2 <= len(args.columns) <= 3:
-        given = f"--tokens {args.tokens} --seeds {args.seeds} --columns {' '.join(args.columns)}"
-        raise BadInput(f"{given}: must be 1 or above, 1 or above, and two or three names")
+    if len(args.columns) < 2 or args.tokens < 1:
+        parser.error("--columns must be two or three names, --tokens 1 or above")
     return args
-
-
-def read_facts(path):
-    """Facts as `ravel_prompts` takes them. BadInput"""
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
-        facts = json.loads(Path(path).read_text())
-        strings = [a for known in facts["entities"].values() for a in known.values()]
-        templates = [t for templates in facts["templates"].values() for t in templates]
-        once = all(t.count("{entity}") == 1 for t in templates)
-        if once and all(isinstance(a, str) for a in strings):
-            return facts
-    like = '{"entities": {"Paris": {"country": "France"}}, '
-    like += '"templates": {"country": ["{entity} is in"]}}'
-    raise BadInput(f"--ravel {path}: must be like {like}")
-
-
-def read_cfg(folder):
-    """An SAE's cfg.json, its metadata among the rest, wherever a version of SAELens put them.
-    BadInput"""
-    try:
-        cfg = json.loads((folder / "cfg.json").read_text())
-        return cfg | (cfg.get("metadata") or {})
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        what = "is neither a run folder nor, by its cfg.json, that of an SAE"
-        raise BadInput(f"{folder}: {what} ({e!r})") from None
-
-
-def config_of(folder, given):
-    """The Config that an SAE was trained with, as far as its cfg.json says, changed by the dict
-    `given`. BadInput"""
-    cfg = read_cfg(folder)
-    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", str(cfg.get("hook_name")))
-    if not hook:
-        what = f"its hook_name is {cfg.get('hook_name')}, not blocks.N.hook_resid_post"
-        raise BadInput(f"{folder}: {what}")
-    known = dict(model=cfg.get("model_name"), ctx=cfg.get("context_size"))
-    known |= dict(dataset=cfg.get("dataset_path"), layer=int(hook[1]) - (hook[2] == "pre"))
-    known |= cfg.get("config") or {}
-    for name in "model", "text":  # a relative path began where dmsae.py was started
-        places = [base / str(known.get(name)) for base in (Path(), *folder.resolve().parents)]
-        known[name] = next((str(p) for p in places if p.exists()), known.get(name))
-    if {"text", "dataset"} & given.keys():
-        known |= dict(text=None, separator=None)
-    known |= dict(device="auto") | given
-    if not known["model"]:
-        raise BadInput(f"{folder}: names no language model: --model google/gemma-2-2b, for example")
-    names = {*FLAGS, *"layer k batch tokens attribution_tokens".split()}
-    return Config(**{k: v for k, v in known.items() if k in names and v is not None})
 
 
 def unit_rows(sae):
     """The same function with decoder rows of unit norm, in place."""
     norm = sae.requires_grad_(False).W_dec.norm(dim=1).clamp_min(1e-8)
-    sae.W_dec.div_(norm[:, None])
-    sae.W_enc.mul_(norm[:, None])
-    for gate in sae.b_enc, sae.threshold:
-        gate.mul_(norm)
+    sae.W_dec /= norm[:, None]
+    sae.W_enc *= norm[:, None]
+    sae.b_enc *= norm
+    sae.threshold *= norm
     return sae
 
 
+def read_cfg(folder):
+    """What an SAE's cfg.json says of its training: dmsae.py's settings, or SAELens's in their
+    names, and layer. BadInput"""
+    cfg = read_json(folder / "cfg.json", "hook_name")
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", str(cfg["hook_name"]))
+    if not hook:
+        raise BadInput(f"{folder}: {cfg['hook_name']}: hook_name must be blocks.N.hook_resid_post")
+    known = dict(model=cfg.get("model_name"), ctx=cfg.get("context_size"))
+    known |= dict(dataset=cfg.get("dataset_path")) | (cfg.get("config") or {})
+    for name in "model", "text":  # a relative path began where dmsae.py was started
+        places = [base / str(known.get(name)) for base in (Path(), *folder.resolve().parents)]
+        known[name] = next((str(p.resolve()) for p in places if p.exists()), known.get(name))
+    return known | dict(layer=int(hook[1]) - (hook[2] == "pre"))
+
+
 def load(args):
-    """[(folder, Config, SAE)], the Config to read text with, and the run folder whose held-out text
-    it is, or None. BadInput"""
-    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    folders = []
-    for folder in args.folders:
-        trained = cycles(folder) or [folder]
-        folders += dict.fromkeys([trained[0], trained[-1]])
-    configs = [config_of(folder, given) for folder in folders]
-    cfg, home = configs[0], folders[0].parent
-    if given.keys() <= {"device"} and (home / "tokens.bin").exists():
-        cfg = replace(cfg, text=None, separator=None, dataset=f"{home}/tokens.bin")
+    """[(folder, layer, SAE)]; the Config of the first, as far as its cfg.json says; and the run
+    folder whose held-out text is measured on, or None. BadInput"""
+    trained = [cycles(folder) or [folder] for folder in args.folders]
+    folders = [folder for t in trained for folder in dict.fromkeys([t[0], t[-1]])]
+    cfgs = {folder: read_cfg(folder) for folder in folders}
+    models = {args.model or cfg["model"] for cfg in cfgs.values()}
+    if len(models) > 1 or None in models:
+        raise BadInput(f"{folders[0]}: SAEs of models {models}: name one by --model")
+    known, home = cfgs[folders[0]], folders[0].parent
+    if args.text or args.model or not (home / "tokens.bin").exists():
+        home = None
+        known |= dict(batch=1, tokens=args.tokens, attribution_tokens=1)
     else:
-        cfg, home = replace(cfg, tokens=max(cfg.batch, args.tokens), attribution_tokens=1), None
+        known |= dict(text=None, dataset=f"{home}/tokens.bin")
+    if args.text:
+        known |= dict(text=args.text, separator=None, text_column=None)
+    (known["model"],) = models
+    known["device"] = args.device
+    cfg = Config(**{name: known[name] for name in NEEDED if known.get(name) is not None})
     dmsae.check(cfg)
-    saes = [unit_rows(load_sae(folder, cfg.device)) for folder in folders]
-    return list(zip(folders, configs, saes, strict=True)), cfg, home
+    saes = [(f, c["layer"], unit_rows(load_sae(f, cfg.device))) for f, c in cfgs.items()]
+    return saes, cfg, home
 
 
-def open_model(subjects, cfg):
-    """The language model and its tokenizer, if they are those of all (folder, Config, SAE).
-    BadInput"""
+def open_inputs(args, saes, cfg, home):
+    """All that is measured with: model, tokenizer, contexts ids and keep (R, T), {labelled file:
+    (texts, labels, spurious)}, prompts of RAVEL; and a line that says what the text is. BadInput"""
+    words = args.columns, args.tokens // 128, args.seeds[0]
+    texts = {file: labelled(read_rows(file), *words) for file in args.labelled}
+    facts = dict(entities={}, templates={})
+    if args.ravel:
+        facts = read_json(args.ravel, *facts)
     model, tokenizer = dmsae.load_model(cfg)
-    lm = model.config.get_text_config()
-    there = f"{cfg.model} has {lm.num_hidden_layers} layers, width {lm.hidden_size}"
-    for folder, c, sae in subjects:
-        here = c.model, sae.W_enc.shape[1]
-        if here != (cfg.model, lm.hidden_size) or c.layer >= lm.num_hidden_layers:
-            raise BadInput(f"{folder}: is of {here[0]}, layer {c.layer}, width {here[1]}; {there}")
-    return model, tokenizer
-
-
-def open_text(args, cfg, tokenizer, home):
-    """The contexts to measure on, ids and keep, and a line that says what they are. BadInput"""
+    width, widths = model.config.get_text_config().hidden_size, {len(s.b_dec) for *_, s in saes}
+    if widths != {width}:
+        raise BadInput(f"--model {cfg.model}: is of width {width}, the SAEs are of {widths}")
     with tempfile.TemporaryDirectory() as scratch:
-        text = dmsae.open_text(cfg, tokenizer, home or scratch)
+        try:
+            text = dmsae.open_text(cfg, tokenizer, home or scratch)
+        except BadInput as e:
+            raise BadInput(f"{e}; give another --text, or move it away") from None
         most = text.n_eval if home else len(text.rows)
         ids, keep = text.contexts(slice(min(most, max(1, args.tokens // cfg.ctx))))
-    source = f"held out by {home}" if home else f"the first of {cfg.text or cfg.dataset}"
-    return ids, keep, f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}"
+    source = "held out by the run" if home else f"first of {Path(cfg.text or cfg.dataset).name}"
+    about = f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}"
+    try:
+        prompts = ravel_prompts(tokenizer, facts)
+    except (AttributeError, TypeError) as e:
+        raise BadInput(f"--ravel {args.ravel}: must be as `ravel_prompts` says ({e})") from None
+    return (model, tokenizer, ids, keep, texts, prompts), about
 
 
 def free_path(args):
-    """Where the JSON goes. BadInput"""
-    path = (args.out or args.folders[0] / "eval").with_suffix(".json")
-    names = [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(2, 1000))]
-    path = next(p for p in names if not (p.exists() or p.with_suffix(".html").exists()))
+    """Where the JSON goes, and beside it the page; nothing is overwritten. BadInput"""
+    first = path = (args.out or args.folders[0] / "eval").with_suffix(".json")
+    number = itertools.count(2)
+    while path.exists() or path.with_suffix(".html").exists():
+        path = first.with_stem(f"{first.stem}-{next(number)}")
     if not os.access(path.parent, os.W_OK):
         raise BadInput(f"--out {path}: must be in a folder that exists and can be written")
     return path
@@ -1257,63 +1114,51 @@ def no_labels():
     raise CannotRun("it needs labelled texts: --labelled FILE.csv with columns text and label")
 
 
-# All that is measured on: contexts ids, keep (R, T); {file: texts, labels, spurious}; prompts
-Data = namedtuple("Data", "ids keep texts prompts")
-
-
-def measures(args, model, tokenizer, data, subject):
-    """(name, function without arguments) of each metric on subject (folder, Config, SAE)."""
-    folder, cfg, sae = subject
-    at, seed = (model, cfg.layer), args.seed
-    yield "core", partial(core_metrics, *at, data.ids, data.keep, sae)
+def measures(args, model, tokenizer, ids, keep, texts, prompts, folder, layer, sae):
+    """(name, function, its arguments) of each metric of an SAE."""
+    at, seed = (model, layer), args.seeds[0]
+    yield "core", core_metrics, *at, ids, keep, sae
     n_words = max(100, args.tokens // 120)  # of about 100 tokens, and a fifth is read twice
-    yield "absorption", partial(absorption, *at, tokenizer, sae, n_words, seed)
-    kinds, seeds = ("probing", "tpp", "scr"), range(seed, seed + args.seeds)
-    yield from ((kind, no_labels) for kind in kinds if not data.texts)
-    for file, (texts, labels, spurious) in data.texts.items() if {*kinds} & {*args.only} else ():
-        X, A = pooled(*at, tokenizer, sae, texts, min(128, data.ids.shape[1]))
-        yield f"probing {file}", partial(sparse_probing, X, A, labels, seed)
-        yield f"tpp {file}", partial(tpp, X, A, labels, sae.W_dec, seeds)
-        yield f"scr {file}", partial(scr, X, A, labels, spurious, sae.W_dec, seeds)
-    pair = 1.7 * max((len(p.ids) for p in data.prompts), default=1)  # is read 2 x .7 + .3 times
-    pair *= len({p.asked for p in data.prompts}) or 1
-    most = min(5000, int(args.tokens / pair))
-    yield "ravel", partial(ravel, *at, sae, data.prompts, most, seed)
-    yield "stability", partial(training_row, folder)
+    yield "absorption", absorption, *at, tokenizer, sae, n_words, seed
+    for kind in ("probing", "tpp", "scr") if not texts else ():
+        yield kind, no_labels
+    for file, (some, labels, spurious) in texts.items():
+        X, A = pooled(*at, tokenizer, sae, some, min(128, ids.shape[1]))
+        yield f"probing {file}", sparse_probing, X, A, labels, seed
+        yield f"tpp {file}", tpp, X, A, labels, sae.W_dec, args.seeds
+        yield f"scr {file}", scr, X, A, labels, spurious, sae.W_dec, args.seeds
+    pair = 1.7 * max((len(p.ids) for p in prompts), default=1)  # is read 2 x .7 + .3 times
+    most = args.tokens / pair / max(1, len({p.asked for p in prompts}))
+    yield "ravel", ravel, *at, sae, prompts, min(5000, int(most)), seed
+    yield "stability", stability, folder
 
 
 def run(args):
     """Load, measure, print, write."""
-    subjects, cfg, home = load(args)
-    path, runs = free_path(args), []
-    words = args.columns, args.tokens // 128, args.seed
-    texts = {file: labelled(read_rows(file), *words) for file in args.labelled}
-    facts = read_facts(args.ravel) if args.ravel else dict(entities={}, templates={})
-    model, tokenizer = open_model(subjects, cfg)
-    ids, keep, about = open_text(args, cfg, tokenizer, home)
-    data = Data(ids, keep, texts, ravel_prompts(tokenizer, facts))
-
-    report = dict(model=cfg.model, layer=cfg.layer, k=cfg.k, seed=args.seed, text=about, saes=[])
+    saes, cfg, home = load(args)
+    path = free_path(args)
+    report = dict(model=cfg.model, layer=cfg.layer, k=cfg.k, saes=[], stability={}, agreement={})
     report["arguments"] = {name: str(value) for name, value in vars(args).items()}
     if "stability" in args.only:
-        runs = list(dict.fromkeys(f.parent for f, _, _ in subjects if is_trained(f)))
-    report["stability"] = {str(run): stability(run) for run in runs}
-    pairs = itertools.combinations(runs, 2)
-    report["agreement"] = {f"{a} and {b}": agreement(a, b, args.seed) for a, b in pairs}
-    for subject in subjects:
+        runs = dict.fromkeys(folder.parent for folder, *_ in saes if cycles(folder.parent))
+        report["stability"] = {str(run): [*map(stability, cycles(run))] for run in runs}
+        for a, b in itertools.combinations(runs, 2):
+            report["agreement"][f"{a} and {b}"] = agreement(a, b, args.seeds[0])
+    inputs, report["text"] = open_inputs(args, saes, cfg, home)
+    for folder, layer, sae in saes:
         figures = {}
-        report["saes"].append(dict(folder=str(subject[0]), layer=subject[1].layer, metrics=figures))
-        for name, metric in measures(args, model, tokenizer, data, subject):
+        report["saes"].append(dict(folder=str(folder), layer=layer, metrics=figures))
+        for name, metric, *words in measures(args, *inputs, folder, layer, sae):
             if name.split()[0] in args.only:
                 try:
-                    figures[name] = metric()
+                    figures[name] = metric(*words)
                 except CannotRun as why:
                     figures[name] = dict(cannot_run=str(why))
                 dmsae.write_json(report, path)
     print(*table(report, args.all), f"written: {path}", sep="\n")
     if args.html:
-        mine = [s for s in subjects if is_trained(s[0]) and s[0].parent == subjects[0][0].parent]
-        of_core = core_page(model, tokenizer, ids, keep, mine[-1]) if mine else NO_CORE
+        last = saes[:2][-1]  # of the first run
+        of_core = core_page(*inputs[:4], *last) if (last[0] / "core.safetensors").exists() else {}
         with dmsae.written_whole(path.with_suffix(".html")) as part:
             part.write_text(page(report, of_core))
 

@@ -2632,7 +2632,7 @@ def test_ravel_prompts_end_where_tokens_end():
 def test_stability_equals_sets_of_births(story):
     """Kept, Jaccard and overlap must equal those of the sets of identities in the saved cores,
     and votes the counts there."""
-    rows, before = ev.stability(story), set()
+    rows, before = [ev.stability(folder) for folder in ev.cycles(story)], set()
     assert len(rows) == 4
     for n, r in enumerate(rows):
         core = load_file(story / f"cycle{n}" / "core.safetensors")
@@ -2655,9 +2655,8 @@ def test_stability_of_a_written_case(tmp_path):
     for n, birth in enumerate(births):
         (tmp_path / f"cycle{n}").mkdir()
         result = dict(cycle=n, core=len(birth), kept=2 * n, new=3 - n, dropped=n)
-        (tmp_path / f"cycle{n}" / "cfg.json").write_text(
-            json.dumps(dict(metadata=dict(result=result)))
-        )
+        metadata = dict(hook_name="blocks.0.hook_resid_post", result=result)
+        (tmp_path / f"cycle{n}" / "cfg.json").write_text(json.dumps(dict(metadata=metadata)))
         core = Core(
             torch.zeros(len(birth), 2),
             birth=torch.tensor(birth),
@@ -2666,7 +2665,7 @@ def test_stability_of_a_written_case(tmp_path):
         dmsae.save_tensors(
             vars(core), tmp_path / f"cycle{n}" / "core.safetensors", training=n, model="m", layer=0
         )
-    rows = ev.stability(tmp_path)
+    rows = [ev.stability(folder) for folder in ev.cycles(tmp_path)]
     assert (
         rows[1]["jaccard"] == 2 / 5
         and rows[1]["identity_overlap"] == 2 / 3
@@ -2835,11 +2834,12 @@ def test_assignment_equals_brute_force():
     for n, m, whole in itertools.product(range(1, 6), range(1, 7), (True, False)):
         if n <= m:
             cost = rng.integers(0, 4, (n, m)) if whole else rng.normal(size=(n, m))
-            got = ev.assignment(cost.astype(float))
-            assert len(set(got.tolist())) == n
+            row_of = ev.assignment(cost.astype(float))
+            taken = row_of >= 0
+            assert sorted(row_of[taken].tolist()) == list(range(n))
             columns = itertools.permutations(range(m), n)
             best = min(cost[np.arange(n), list(c)].sum() for c in columns)
-            assert cost[np.arange(n), got].sum() == pytest.approx(best)
+            assert cost[row_of, np.arange(m)][taken].sum() == pytest.approx(best)
 
 
 def test_assignment_of_a_shuffle_is_the_shuffle():
@@ -2848,10 +2848,10 @@ def test_assignment_of_a_shuffle_is_the_shuffle():
     a, order = torch.randn(200, 24), torch.randperm(200)
     b = a[order] + 0.1 * torch.randn(200, 24)
     cosine = (F.normalize(a) @ F.normalize(b).T).double().numpy()
-    assert np.array_equal(ev.assignment(-cosine), order.argsort().numpy())
-    assert ev.matched_cosines(a, a[order]).mean() == pytest.approx(1)
-    assert ev.matched_cosines(a[:1], -a[:1]).mean() == pytest.approx(-1)
-    assert len(ev.matched_cosines(a, b[:50])) == len(ev.matched_cosines(b[:50], a)) == 50
+    assert np.array_equal(ev.assignment(-cosine), order.numpy())
+    assert ev.pw_mcc(a, a[order]) == pytest.approx(1)
+    assert ev.pw_mcc(a[:1], -a[:1]) == pytest.approx(-1)
+    assert 0.9 < ev.pw_mcc(a, b[:50]) == pytest.approx(ev.pw_mcc(b[:50], a))
 
 
 def planted_run(folder, rows, core):
@@ -2995,12 +2995,12 @@ def test_eval_through_its_command_line(story, labels_csv, tmp_path, capsys):
     overwritten, and the terminal shows what matters first."""
     out, file = tmp_path / "eval.json", labels_csv / "t.csv"
     words = story, "--labelled", file, "--columns", "text", "label", "spurious", "--ravel"
-    words += labels_csv / "facts.json", "--seeds", 2, "--html", "--out", out, "--tokens", 20_000
+    words += labels_csv / "facts.json", "--seeds", 0, 1, "--html", "--out", out, "--tokens", 20_000
     assert evaluation(*words) == 0
     printed = capsys.readouterr().out
     report = json.loads(out.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
     assert [Path(s["folder"]).name for s in report["saes"]] == ["cycle0", "cycle3"]
-    assert report["seed"] == 0 and "held out by" in report["text"]
+    assert report["arguments"]["seeds"] == "[0, 1]" and "held out by" in report["text"]
     plain, last = (s["metrics"] for s in report["saes"])
     of_file = [f"{metric} {file}" for metric in ("probing", "tpp", "scr")]
     assert list(plain) == list(last) == ["core", "absorption", *of_file, "ravel", "stability"]
@@ -3014,11 +3014,13 @@ def test_eval_through_its_command_line(story, labels_csv, tmp_path, capsys):
     assert last["stability"]["core"] == result["core"] and last[f"scr {file}"]["pairs"] == 1
     assert len(last[f"tpp {file}"]["details"]) == 2 and "prompts" in last["ravel"]["cannot_run"]
     lines = printed.splitlines()
-    assert [line.split("  ")[0] for line in lines[1:8]] == FIRST and "probing" in lines[8]
+    assert [line.split("  ")[0].split(",")[0] for line in lines[1:8]] == FIRST
+    assert lines[8].startswith("probing by 1 latent, higher is better  ")
     assert "kl_div_score" not in printed and "TPP" not in printed
     data = data_of((tmp_path / "eval.html").read_text())
-    names = {re.sub("[0-9]+", "N", key).removesuffix("_std") for _, key, _ in data["all"]}
+    names = {re.sub("[0-9]+", "N", key).removesuffix("_std") for key in keys_of(data)}
     assert not [name for name in names - data["says"].keys() if "threshold" in name]
+    assert str(tmp_path) not in (tmp_path / "eval.html").read_text().replace(str(file), "")
     first = out.read_bytes()
     assert evaluation(story / "cycle0", "--only", "core", "--all", "--out", out) == 0
     assert "kl_div_score" in capsys.readouterr().out
@@ -3031,23 +3033,27 @@ FIRST = ["L0", "core L0", "FVU", "CE recovered", "alive", "core size", "kept"]
 
 
 def test_without_data_there_are_reasons_and_the_rest(story, tmp_path, capsys):
-    """Without labelled texts and facts each metric that needs them must say so, in one line for
-    all SAEs; TPP must stand among the first eight where probing was not asked for."""
+    """Without labelled texts and facts each metric that needs them must say so, in one line each;
+    TPP must stand among the first eight where probing was not asked for."""
     out = tmp_path / "eval.json"
     assert evaluation(story, "--tokens", 2000, "--out", out) == 0
     printed = capsys.readouterr().out
-    (line,) = [line for line in printed.splitlines() if "--labelled FILE" in line]
-    assert line.startswith("probing, tpp, scr of ") and "cycle0, " in line
-    assert printed.count("--ravel FILE") == 1
+    lines = [line for line in printed.splitlines() if ": cannot run: " in line]
+    assert [line.split(":")[0] for line in lines] == "absorption probing tpp scr ravel".split()
+    assert printed.count("--labelled FILE") == 3 and printed.count("--ravel FILE") == 1
     metrics = json.loads(out.read_text())["saes"][1]["metrics"]
     assert list(metrics) == ev.METRICS and metrics["stability"]["core"] > 0
     figures = dict(tpp_threshold_20_total_metric=0.25)
     report = dict(saes=[dict(folder="a", metrics={"tpp x.csv": figures})], agreement={})
-    assert [row[0] for row in ev.headline(report)] == ["TPP, 20 latents"]
+    assert [row[0] for row in ev.headline(report)] == ["TPP of 20 latents, higher is better"]
 
 
 def data_of(page):
     return json.loads(re.search(r"id=data>(.*?)</script>", page, re.S)[1])
+
+
+def keys_of(data):
+    return [name.split(": ")[-1] for name, _ in data["all"]]
 
 
 def test_the_page_holds_what_it_shows(story, tmp_path):
@@ -3057,29 +3063,30 @@ def test_the_page_holds_what_it_shows(story, tmp_path):
     words = "--only", "core", "stability", "--html", "--tokens", 5_000, "--out", out
     assert evaluation(story, *words) == 0
     page = (tmp_path / "e.html").read_text()
-    assert not re.search(r'(src|href)="?http|@import|innerHTML|document.write', page)
+    assert not re.search(r'(src|href)="?http|@import|document.write', page)
     data, core = data_of(page), load_file(story / "cycle3" / "core.safetensors")
-    assert len(data["first"]) == 7 and len(data["rows"]) == 4
-    assert [latent["index"] for latent in data["latents"]] == core["index"][
-        core["score"].argsort(descending=True)
-    ].tolist()
-    for latent in data["latents"]:
-        shades = [shade for context in latent["contexts"] for _, shade in context]
-        assert len(latent["raises"]) == 8 and (not shades or max(shades) == pytest.approx(1))
-    assert len(data["core"]) == len(core["votes"]) and data["share"][-1] == pytest.approx(1)
-    assert len(data["share"]) == len(data["core"]) + len(data["others"])
-    names = {re.sub(r"\d+", "N", key) for _, key, _ in data["all"] if key not in data["says"]}
-    assert names - data["says"].keys() == {"tokens", "contexts"}
+    assert len(data["first"]) == 7 and len(*data["stability"].values()) == 4
+    order = core["score"].argsort(descending=True)
+    assert data["core"]["index"] == core["index"][order].tolist()
+    assert len(data["contexts"]) == len(data["raises"]) == len(order)
+    for raised, contexts in zip(data["raises"], data["contexts"], strict=True):
+        shades = [shade for _, shades in contexts for shade in shades]
+        assert len(raised) == 8 and (max(shades) == pytest.approx(1) or not any(shades))
+    assert data["share"][-1] == pytest.approx(1) and sum(data["core"]["score"]) == pytest.approx(1)
+    assert len(data["share"]) == len(data["density"]) == load_sae(story / "cycle3").widths[0]
+    names = {re.sub(r"\d+", "N", key) for key in keys_of(data) if key not in data["says"]}
+    assert names - data["says"].keys() == {"contexts"}
 
 
 def test_the_page_escapes(story):
     """Tokens, names and reasons that look like HTML must not become HTML."""
     metrics = {"<u>": dict(cannot_run="because </script><b>")}
-    report = dict(model="<b>", layer=0, text="<i>&", stability={}, agreement={})
+    report = dict(model="<b>", layer=0, k=1, text="<i>&", stability={}, agreement={})
     report["saes"] = [dict(folder="a<", metrics=metrics)]
-    page = ev.page(report, dict(ev.NO_CORE, latents=[dict(raises=["</script>"])]))
-    assert page.count("</script>") == ev.PAGE.count("</script>") and "<b>" not in page
-    assert data_of(page)["all"] == [["<u>", "cannot_run", ["because </script><b>"]]]
+    page = ev.page(report, dict(raises=[["</script>"]]))
+    assert page.count("</script>") == ev.PAGE.count("</script>")
+    assert page.count("<b>") == ev.PAGE.count("<b>") and "JSON.parse(at" in page
+    assert data_of(page)["all"] == [["<u>: cannot_run", ["because </script><b>"]]]
 
 
 def test_another_text_and_an_older_page(story, lm, tmp_path):
@@ -3141,16 +3148,16 @@ def test_foreign_folders_of_every_layout(layout, story, lm, labels_csv, tmp_path
     """A folder with only SAELens's metadata, nested, at the top, or of a resid_pre, must be
     evaluated on a given text, and must say that it has no run; columns can be named."""
     foreign = foreign_folder(story, tmp_path / "sae", layout)
-    words = "--text", lm / "text.txt", "--separator", "|||", "--tokens", 20_000, "--html"
+    words = "--text", lm / "text.txt", "--tokens", 20_000, "--html"
     words += "--labelled", labels_csv / "t.jsonl", "--columns", "words", "topic"
     assert evaluation(foreign, "--only", "core", "stability", "probing", "scr", *words) == 0
     report = json.loads((foreign / "eval.json").read_text())
     metrics = report["saes"][0]["metrics"]
     assert report["saes"][0]["layer"] == 0 and metrics["core"]["fvu"] > 0
-    assert "the first of" in report["text"] and (foreign / "eval.html").exists()
+    assert "first of text.txt" in report["text"] and (foreign / "eval.html").exists()
     assert "no run folder" in metrics["stability"]["cannot_run"]
     assert "third column" in metrics[f"scr {labels_csv / 't.jsonl'}"]["cannot_run"]
-    assert "stability of " in capsys.readouterr().out
+    assert "stability: cannot run: the SAE" in capsys.readouterr().out
 
 
 def test_two_runs_are_compared(story, tmp_path, capsys):
@@ -3208,14 +3215,13 @@ def other_model(folder):
 
 
 REFUSED = [
-    (["/nowhere"], "neither a run folder"),
+    (["/nowhere"], "/nowhere/cfg.json"),
     (["RUN", "--only", "speed"], "invalid choice"),
-    (["RUN", "--tokens", "0"], "--tokens 0"),
+    (["RUN", "--tokens", "0"], "--tokens"),
     (["RUN", "--labelled", "/nowhere.csv"], "cannot be read"),
     (["RUN", "--labelled", "EMPTY"], "has only no rows"),
     (["RUN", "--labelled", "MD"], "must be a .csv or .jsonl"),
     (["RUN", "--labelled", "CUT"], "cannot be read"),
-    (["RUN", "--ctx", "65"], "--ctx 65"),
     (["RUN", "--labelled", "ONE"], "two are needed"),
     (["RUN", "--labelled", "CSV", "--columns", "words", "label"], "--columns words label"),
     (["RUN", "--out", "/nowhere/eval.json"], "--out /nowhere/eval.json"),
@@ -3224,17 +3230,20 @@ REFUSED = [
     ([], "required"),
     (["RUN", "--device", "cuda:9"], "--device"),
     (["HOOK"], "hook"),
-    (["NAMELESS"], "names no language model"),
+    (["NAMELESS"], "--model"),
+    (["RUN", "EARLY"], "name one by --model"),
     (["EARLY"], "--layer -1"),
     (["RUN", "--tokens", "x"], "invalid int"),
     (["RUN", "--seeds", "x"], "invalid int"),
-    (["RUN", "--seeds", "0"], "--seeds 0"),
     (["RUN", "--columns", "text"], "two or three"),
     (["RUN", "--labelled", "CSV", "--columns", "text", "label", "sex"], "label sex"),
-    (["RUN", "--ravel", "BAD"], "must be like"),
-    (["RUN", "--ravel", "TWICE"], "must be like"),
+    (["RUN", "--ravel", "BAD"], "entities, templates"),
+    (["RUN", "--ravel", "ODD"], "must be as `ravel_prompts` says"),
     (["RUN", "--ravel", "/nowhere.json"], "No such file"),
-    (["DAMAGED"], "cycle1"),
+    (["DAMAGED"], "cycle1/cfg.json: must be JSON"),
+    (["FIRST"], "cycle0/cfg.json: must be JSON"),
+    (["KEYLESS"], "'result'"),
+    (["WIDTHLESS"], "'d_in'"),
     (["EMPTIED"], "tokens.bin: holds less"),
 ]
 
@@ -3254,14 +3263,17 @@ def test_eval_refuses_bad_input_in_one_line(words, says, story, labels_csv, tmp_
     (tmp_path / "cut.jsonl").write_text('{"text": "a", "lab')
     (tmp_path / "md.md").write_text("# text,label\n")
     (tmp_path / "bad.json").write_text('{"entities": 3}')
-    twice = dict(entities={}, templates=dict(a=["{entity} {entity}"]))
-    (tmp_path / "twice.json").write_text(json.dumps(twice))
-    for name, file in ("damaged", "cycle1/cfg.json"), ("emptied", "tokens.bin"):
+    (tmp_path / "odd.json").write_text('{"entities": 3, "templates": {"a": ["{entity}"]}}')
+    damaged = dict(damaged="cycle1/cfg.json", first="cycle0/cfg.json", emptied="tokens.bin")
+    damaged |= dict(keyless="cycle1/cfg.json", widthless="cycle0/cfg.json")
+    for name, file in damaged.items():
         if name.upper() in words:
             shutil.copytree(story, tmp_path / name)
-            (tmp_path / name / file).write_text("")
-    files = "empty.csv one.csv cut.jsonl md.md bad.json twice.json".split()
-    files += "other hook nameless early damaged emptied".split()
+            text = (story / file).read_text(errors="replace").replace('"result"', '"x"')
+            cut = text.replace('"d_in"', '"x"') if "less" in name else ""
+            (tmp_path / name / file).write_text(cut)
+    files = "empty.csv one.csv cut.jsonl md.md bad.json odd.json".split()
+    files += ["other", "hook", "nameless", "early", *damaged]
     real = {Path(file).stem.upper(): tmp_path / file for file in files}
     real |= dict(RUN=story, CSV=labels_csv / "t.csv")
     before = sorted(story.rglob("*"))
