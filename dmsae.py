@@ -65,7 +65,7 @@ class Config:
     dataset: str = "JeanKaddour/minipile"  # hub name, or name:configuration; train is streamed
     text: str = None  # local .txt, .jsonl or .parquet file, in place of --dataset
     text_column: str = "text"  # column that holds the text
-    separator: str = None  # string that splits each document further
+    separator: str = None  # string that splits each document further; \n is a new line
     ctx: int = 1024  # context length in tokens, BOS included
     d_sae: int = 65536  # number of latents, core included
     k: int = 64  # active latents per token (L0), on average over a batch
