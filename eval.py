@@ -1,7 +1,7 @@
 """SAEBench's metrics, light and exact, for SAEs of dmsae.py and for SAELens `jumprelu` folders.
 
     python eval.py runs/gemma-2-2b_k64_seed0                  # its plain SAE beside its last one
-    python eval.py runs/seed0 runs/seed1 --labelled news.csv --ravel facts.json --html --all
+    python eval.py runs/seed0 runs/seed1 --labelled news.csv --html --all
 
 One function for each metric, in the order of the table; then the page and the command line. A
 metric takes a language model, a layer, an SAE and data, returns a dict, and raises CannotRun where
@@ -31,7 +31,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import dmsae
-from dmsae import BadInput, Config, load_core, load_sae, residual_stream, spliced
+from dmsae import (
+    BadInput,
+    Config,
+    load_core,
+    load_sae,
+    read_json,
+    refusing,
+    residual_stream,
+    spliced,
+)
 
 bar = partial(tqdm, disable=None, leave=False)  # a progress bar, on a terminal only
 
@@ -57,16 +66,12 @@ def special_tokens(tokenizer):
     return [i for i in ids if i is not None]
 
 
-def padded(rows, device):
-    """Lists of ids -> (n, longest), filled on the right, where no earlier position sees it."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, rows[0][0]).to(device)
-
-
 def residuals(model, layer, rows):
     """The residual stream of each of rows, lists of ids, in turn: (its length, D)"""
     for i in bar(range(0, len(rows), 64), "residuals"):
         part = rows[i : i + 64]
-        h = residual_stream(model, layer, padded(part, model.device))
+        ids = [torch.tensor(row) for row in part]  # padded on the right, where no position sees it
+        h = residual_stream(model, layer, pad_sequence(ids, batch_first=True).to(model.device))
         for row, x in zip(part, h, strict=True):
             yield x[: len(row)].float()
 
@@ -173,15 +178,15 @@ def spliced_losses(model, layer, ids, keep, x_hat):
     def put_back(h):  # positions outside keep stay as they are
         return h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
 
-    reference = edited_logits(model, layer, ids, lambda h: h)  # (R, T, V)
-    sums = torch.zeros(3, 2, dtype=torch.float64, device=reference.device)
-    for edit, (ce, kl) in zip((lambda h: h, torch.zeros_like, put_back), sums, strict=True):
-        logits = edited_logits(model, layer, ids, edit)
-        for q, p, row, kept in zip(logits, reference, ids, keep, strict=True):  # V: up to 256,000
-            q, p = (t.float().log_softmax(-1) for t in (q, p))
-            source = kept[:-1]
-            ce += F.nll_loss(q[:-1][source], row[1:][source], reduction="sum")
-            kl += F.kl_div(q[kept], p[kept], reduction="sum", log_target=True)
+    own = model(ids, use_cache=False).logits  # (R, T, V)
+    edited = (edited_logits(model, layer, ids, edit) for edit in (torch.zeros_like, put_back))
+    following = F.pad(ids[:, 1:], (0, 1), value=-100).where(keep, -100)  # -100: not counted
+    sums = torch.zeros(3, 2, dtype=torch.float64, device=own.device)  # .item() would stop a GPU
+    for logits, (ce, kl) in zip(itertools.chain([own], edited), sums, strict=True):
+        for q, p, target, kept in zip(logits, own, following, keep, strict=True):  # V is large
+            q, p = (t.float().log_softmax(-1) for t in (q, p))  # (T, V)
+            ce += F.nll_loss(q, target, reduction="sum")
+            kl += (F.kl_div(q, p, reduction="none", log_target=True).sum(1) * kept).sum()
     return sums
 
 
@@ -401,12 +406,9 @@ def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
 def read_rows(path):
     """Rows of a .csv file with a header, or of a .jsonl file: dicts. BadInput"""
     csv.field_size_limit(2**31 - 1)
-    try:
+    with refusing(f"--labelled {path}: must be a .csv or .jsonl file"):
         with open(path, newline="", encoding="utf-8-sig") as f:
             return list(csv.DictReader(f) if Path(path).suffix == ".csv" else map(json.loads, f))
-    except (OSError, ValueError, csv.Error) as e:
-        why = f"cannot be read ({type(e).__name__}: {e}); it must be a .csv or .jsonl file"
-        raise BadInput(f"--labelled {path}: {why}") from None
 
 
 def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
@@ -585,129 +587,11 @@ def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
     return mean_of(rows) | dict(pairs=len(runs) // len(seeds), details=rows)
 
 
-# ---- RAVEL: do a few latents carry one attribute of an entity, and no other? --------------------
-# A question: its tokens, the position of the entity's last one, the first token of the answer
-# (ours; SAEBench: the text of six), the attribute asked for, and all that is known of the entity
-Prompt = namedtuple("Prompt", "ids at answer asked facts")
-
-
-def ravel_prompts(tokenizer, facts):
-    """Prompts from {"entities": {"Paris": {"country": "France"}}, "templates": {"country":
-    ["{entity} is in"]}}. Entity, prompt and answer must each end where a token ends."""
-    prompts = []
-
-    def encode(string):
-        return tokenizer(string, add_special_tokens=False)["input_ids"]
-
-    for asked, templates in facts["templates"].items():
-        for template, (entity, about) in itertools.product(templates, facts["entities"].items()):
-            text = template.replace("{entity}", entity)
-            head = encode(template.split("{entity}")[0] + entity)
-            ids, answered = encode(text), encode(f"{text} {about.get(asked)}")
-            ends = ids[: len(head)] == head and answered[: len(ids)] == ids != answered
-            if asked in about and ends:
-                bos, answer = special_tokens(tokenizer)[0], answered[len(ids)]
-                prompts.append(Prompt([bos, *ids], len(head), answer, asked, about))
-    return prompts
-
-
-def ravel_pairs(prompts, known, attribute, most, rng):
-    """Pairs (base, source) of prompts where known (n,) -> (pairs, 2), whose entities differ in the
-    attribute. By turns: base asks for it, which shall change; for another, which shall not."""
-    value = np.array([str(p.facts.get(attribute)) for p in prompts])
-    answer = np.array([p.answer for p in prompts])
-    own = np.array([p.asked == attribute for p in prompts])
-    fits = (value[:, None] != value) & known[:, None] & (known & own)
-    changes = fits & own[:, None] & (answer[:, None] != answer)  # else no change could be seen
-    halves = [rng.permutation(np.argwhere(kind)) for kind in (changes, fits & ~own[:, None])]
-    m = min(most // 2, *map(len, halves))
-    return torch.from_numpy(np.stack([half[:m] for half in halves], 1).reshape(-1, 2))
-
-
-@torch.enable_grad()
-def train_mask(swap, pairs, expect, n_latents, rng):
-    """The latents (F,) bool whose swap gives the expected answers: swap(pairs, mask) are logits,
-    the mask is sigmoid(b / T) with T from 1 to 1e-4, in 2 epochs of Adam at 1e-3, batches of 32
-    (ours); then b > 0."""
-    b = torch.zeros(n_latents, device=expect.device, requires_grad=True)
-    adam = torch.optim.Adam([b], lr=1e-3)
-    epochs = (torch.from_numpy(rng.permutation(len(pairs))) for _ in range(2))
-    steps = [part for epoch in epochs for part in epoch.split(32)]
-    for part, T in zip(bar(steps, "ravel"), np.geomspace(1, 1e-4, len(steps)), strict=True):
-        loss = F.cross_entropy(swap(pairs[part], torch.sigmoid(b / T)), expect[part])
-        (b.grad,) = torch.autograd.grad(loss, b)  # the model and the SAE get none
-        adam.step()
-    return b.detach() > 0
-
-
-@torch.no_grad()
-def ravel(model, layer, sae, prompts, most=5000, seed=0):
-    """RAVEL (Huang et al. 2024, arXiv 2402.17700) by a learnt mask: at the entity's last token the
-    masked latents of a base prompt take their values in a source prompt, without error term. At
-    most `most` pairs an attribute, 70 % of them to train the mask. CannotRun
-
-    disentanglement_score: mean of cause and isolation; higher is better
-    cause_score: share of pairs about the attribute that then give the source's answer
-    isolation_score: share of pairs about other attributes that keep their own
-    latents: how many are swapped, mean over attributes
-    """
-    if not prompts:
-        raise CannotRun("it needs facts whose words end where tokens end: --ravel FILE.json")
-    ids = padded([p.ids for p in prompts], model.device)
-    at, last, answer = torch.tensor([(p.at, len(p.ids) - 1, p.answer) for p in prompts]).T
-    x = last_residuals(model, layer, [p.ids[: p.at + 1] for p in prompts])  # (n, D)
-
-    def ask(which, edit):  # -> logits of the next token (b, V)
-        logits = edited_logits(model, layer, ids[which], edit)
-        return logits[torch.arange(len(which)), last[which]].float()
-
-    def swap(pairs, mask):
-        base, source = pairs.T
-        f_base, f_source = sae.encode(x[base]), sae.encode(x[source])  # (b, F)
-        new = sae.decode(f_base + mask * (f_source - f_base))
-        where = torch.arange(len(base)), at[base]
-        return ask(base, lambda h: h.index_put(where, new.to(h.dtype)))
-
-    parts = torch.arange(len(ids)).split(64)
-    says = torch.cat([ask(part, lambda h: h).argmax(1).cpu() for part in parts])
-    known = (says == answer).numpy()
-    rng = np.random.default_rng(seed)
-    rows = {}
-    for attribute in dict.fromkeys(p.asked for p in prompts):
-        pairs = ravel_pairs(prompts, known, attribute, most, rng)
-        if len(pairs) >= 20:
-            n = int(0.7 * len(pairs))
-            changes = torch.arange(len(pairs)) % 2 == 0
-            expect = answer[torch.where(changes, pairs[:, 1], pairs[:, 0])]
-            mask = train_mask(swap, pairs[:n], expect[:n].to(x.device), len(sae.W_enc), rng)
-            says = torch.cat([swap(part, mask).argmax(1).cpu() for part in pairs[n:].split(64)])
-            right = (says == expect[n:]).double()
-            cause, isolation = (right[changes[n:] == kind].mean().item() for kind in (True, False))
-            row = dict(disentanglement_score=(cause + isolation) / 2, latents=int(mask.sum()))
-            rows[attribute] = row | dict(cause_score=cause, isolation_score=isolation)
-    if not rows:
-        raise CannotRun(f"the model answers {known.sum()} of {len(known)} prompts: too few")
-    return mean_of([*rows.values()]) | dict(prompts_known=int(known.sum()), details=rows)
-
-
-# -------------------------------------------------------------------------------------------------
-# Stability: is the core of a run still the core a training later, and that of another run?
-# -------------------------------------------------------------------------------------------------
+# ---- Stability: is the core of a run still the core a training later, and that of another run? --
 def cycles(run):
     """The SAE folders of a run folder, in order; none where it is no run."""
     numbers = [p.parent.name[5:] for p in Path(run).glob("cycle*/core.safetensors")]
     return [Path(run) / f"cycle{n}" for n in sorted(int(n) for n in numbers if n.isdigit())]
-
-
-def read_json(path, *needed):
-    """A JSON file, what is under "metadata" (of newer SAELens) among the rest. BadInput"""
-    try:
-        data = json.loads(Path(path).read_text())
-        data |= data.get("metadata") or {}
-        return data | {key: data[key] for key in needed}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        advice = "give another folder or file, or move this one away and train it again"
-        raise BadInput(f"{path}: must be JSON with {', '.join(needed)} ({e!r}): {advice}") from None
 
 
 def stability(folder):
@@ -720,13 +604,15 @@ def stability(folder):
     new: those chosen for the first time
     jaccard: kept over all in either core; 1 is the same core
     identity_overlap: share of the core before that was kept
-    cycle, tokens, seconds, dead, ce, ce_recovered: of the training, as dmsae.py measured them
+    cycle, tokens, dead, ce, ce_recovered: of the training, as dmsae.py measured them
     """
     if folder not in cycles(folder.parent):
         raise CannotRun("the SAE is in no run folder of dmsae.py")
-    row = read_json(folder / "cfg.json", "result")["result"]
+    with refusing(f"{folder}: is of no training of dmsae.py"):
+        row = read_json(folder / "cfg.json")["metadata"]["result"]
     core, _ = load_core(folder / "core.safetensors")
     row["votes"] = Counter(sorted(core.votes.tolist()))
+    row["births"] = Counter(sorted(core.birth[:, 0].tolist()))
     row["jaccard"] = row["kept"] / (row["core"] + row["dropped"])
     return row | dict(identity_overlap=row["kept"] / max(1, row["kept"] + row["dropped"]))
 
@@ -784,9 +670,7 @@ def agreement(run_a, run_b, seed=0):
     return out
 
 
-# -------------------------------------------------------------------------------------------------
-# The table
-# -------------------------------------------------------------------------------------------------
+# ---- The table ----------------------------------------------------------------------------------
 FIRST = {  # what matters first: its name, and which way is better
     "core: l0": "L0, lower is better",
     "core: core_l0": "core L0",
@@ -838,9 +722,7 @@ def table(report, everything=False):
             yield f"PW-MCC of {pair}, {name} {row['n']}: {beside}"
 
 
-# -------------------------------------------------------------------------------------------------
-# The page: one file without network, which draws the report and the core's latents
-# -------------------------------------------------------------------------------------------------
+# ---- The page: one file without network, which draws the report and the core's latents ----------
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>dmsae</title>
 <meta name=viewport content="width=device-width,initial-scale=1"><style>
 body{font:16px/1.5 system-ui,sans-serif;margin:auto;max-width:70em;padding:1em;color:#222}
@@ -897,7 +779,7 @@ at("first").innerHTML = each(data.first, ([name, figure, values]) => {
 if (last) {
   const over = f => rows.map((row, t) => [t, f(row)]), born = {all: over(row => row.core)}
   const l0 = {core: over(row => row.core_l0), rest: over(row => row.l0 - row.core_l0)}, fvu = {}
-  for (const b in last.origins) born[`born in ${+b}`] = over(row => row.origins[b] ?? 0)
+  for (const b in last.births) born[`born in ${b}`] = over(row => row.births[b] ?? 0)
   for (const g in last.fvu) fvu[`prefix ${g}`] = over(row => row.fvu[g])
   const ce = rows.map((row, t) => [`training ${t}`, [[row.l0, row.ce_recovered]]])
   at("about").innerHTML = `After ${rows.length} trainings of ${show(last.tokens / 1e6, 3)} million
@@ -966,7 +848,8 @@ def core_page(model, tokenizer, ids, keep, folder, layer, sae):
     shown, acts, contexts = core["index"][:200], [], []
     for row in bar(ids.to(model.device), "page"):
         x = residual_stream(model, layer, row[None])[0].float()
-        acts.append(sae.encode(x, sae.widths[0])[:, shown].cpu())
+        pre = F.linear(x - sae.b_dec, sae.W_enc[shown], sae.b_enc[shown])
+        acts.append((pre.relu() * (pre > sae.threshold[shown])).cpu())  # (T, shown)
     for fired in (torch.stack(acts) * keep[..., None]).unbind(2):  # (R, T)
         peak, at = fired.max(1)
         contexts.append([])
@@ -988,10 +871,8 @@ def page(report, of_core):
     return PAGE.replace("DATA", json.dumps(data | of_core).replace("<", "\\u003c"))
 
 
-# -------------------------------------------------------------------------------------------------
-# The command line
-# -------------------------------------------------------------------------------------------------
-METRICS = "core absorption probing tpp scr ravel stability".split()
+# ---- The command line ---------------------------------------------------------------------------
+METRICS = "core absorption probing tpp scr stability".split()
 # Of an SAE's Config what matters here: an older version has more
 NEEDED = "model layer k ctx batch tokens attribution_tokens device dataset text".split()
 NEEDED += ["text_column", "separator"]
@@ -1010,7 +891,6 @@ def parse(argv=None):
     add("--device", default="auto", help="cuda, cuda:N or cpu (%(default)s)")
     add("--labelled", nargs="+", default=[], help=".csv or .jsonl files, for probing, tpp and scr")
     add("--columns", nargs="+", default=["text", "label"], help="of --labelled; scr needs a third")
-    add("--ravel", help="JSON file of entities and attributes, see `ravel_prompts`")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="all for tpp, scr; else the first")
     add("--all", action="store_true", help="print every figure; the JSON always has them")
     add("--html", action="store_true", help="also write a page with charts and the core's latents")
@@ -1034,8 +914,10 @@ def unit_rows(sae):
 def read_cfg(folder):
     """What an SAE's cfg.json says of its training: dmsae.py's settings, or SAELens's in their
     names, and layer. BadInput"""
-    cfg = read_json(folder / "cfg.json", "hook_name")
-    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", str(cfg["hook_name"]))
+    with refusing(f"{folder}: is no SAE folder"):
+        cfg = read_json(folder / "cfg.json")
+        cfg |= cfg.get("metadata") or {}  # older SAELens has all at the top
+        hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", str(cfg["hook_name"]))
     if not hook:
         raise BadInput(f"{folder}: {cfg['hook_name']}: hook_name must be blocks.N.hook_resid_post")
     known = dict(model=cfg.get("model_name"), ctx=cfg.get("context_size"))
@@ -1073,30 +955,20 @@ def load(args):
 
 def open_inputs(args, saes, cfg, home):
     """All that is measured with: model, tokenizer, contexts ids and keep (R, T), {labelled file:
-    (texts, labels, spurious)}, prompts of RAVEL; and a line that says what the text is. BadInput"""
+    (texts, labels, spurious)}; and a line that says what the text is. BadInput"""
     words = args.columns, args.tokens // 128, args.seeds[0]
     texts = {file: labelled(read_rows(file), *words) for file in args.labelled}
-    facts = dict(entities={}, templates={})
-    if args.ravel:
-        facts = read_json(args.ravel, *facts)
-    model, tokenizer = dmsae.load_model(cfg)
+    model, tokenizer, _ = dmsae.load_model(cfg)
     width, widths = model.config.get_text_config().hidden_size, {len(s.b_dec) for *_, s in saes}
     if widths != {width}:
         raise BadInput(f"--model {cfg.model}: is of width {width}, the SAEs are of {widths}")
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            text = dmsae.open_text(cfg, tokenizer, home or scratch)
-        except BadInput as e:
-            raise BadInput(f"{e}; give another --text, or move it away") from None
+        text = dmsae.open_text(cfg, model, tokenizer, home or scratch)
         most = text.n_eval if home else len(text.rows)
         ids, keep = text.contexts(slice(min(most, max(1, args.tokens // cfg.ctx))))
     source = "held out by the run" if home else f"first of {Path(cfg.text or cfg.dataset).name}"
     about = f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}"
-    try:
-        prompts = ravel_prompts(tokenizer, facts)
-    except (AttributeError, TypeError) as e:
-        raise BadInput(f"--ravel {args.ravel}: must be as `ravel_prompts` says ({e})") from None
-    return (model, tokenizer, ids, keep, texts, prompts), about
+    return (model, tokenizer, ids, keep, texts), about
 
 
 def free_path(args):
@@ -1114,7 +986,7 @@ def no_labels():
     raise CannotRun("it needs labelled texts: --labelled FILE.csv with columns text and label")
 
 
-def measures(args, model, tokenizer, ids, keep, texts, prompts, folder, layer, sae):
+def measures(args, model, tokenizer, ids, keep, texts, folder, layer, sae):
     """(name, function, its arguments) of each metric of an SAE."""
     at, seed = (model, layer), args.seeds[0]
     yield "core", core_metrics, *at, ids, keep, sae
@@ -1127,9 +999,6 @@ def measures(args, model, tokenizer, ids, keep, texts, prompts, folder, layer, s
         yield f"probing {file}", sparse_probing, X, A, labels, seed
         yield f"tpp {file}", tpp, X, A, labels, sae.W_dec, args.seeds
         yield f"scr {file}", scr, X, A, labels, spurious, sae.W_dec, args.seeds
-    pair = 1.7 * max((len(p.ids) for p in prompts), default=1)  # is read 2 x .7 + .3 times
-    most = args.tokens / pair / max(1, len({p.asked for p in prompts}))
-    yield "ravel", ravel, *at, sae, prompts, min(5000, int(most)), seed
     yield "stability", stability, folder
 
 
@@ -1164,4 +1033,4 @@ def run(args):
 
 
 if __name__ == "__main__":
-    sys.exit(dmsae.main(name="eval", work=lambda argv: run(parse(argv))))
+    sys.exit(dmsae.main(name="eval", parse=parse, work=run))
