@@ -4,8 +4,13 @@
     python eval.py runs/seed0 runs/seed1 --labelled news.csv --html --all
 
 One function for each metric, in the order of the table; then the page and the command line. A
-metric takes a language model, a layer, an SAE and data, returns a dict, and raises CannotRun where
-it has no value. In a notebook: `eval.absorption(model, 12, tokenizer, sae)`.
+metric returns a dict of figures, and raises CannotRun where it has no value. In a notebook:
+
+    model, tokenizer, _ = dmsae.load_model(dmsae.Config(model="google/gemma-2-2b", layer=12))
+    sae = unit_rows(dmsae.load_sae("runs/seed0/cycle5", model.device))
+    absorption(model, 12, tokenizer, sae)
+    X, A = pooled(model, 12, tokenizer, sae, texts)  # for tpp and scr too
+    sparse_probing(X, A, np.array(labels))
 
 Definitions are those of SAEBench 0.6.0 (Karvonen et al. 2025, arXiv 2503.09532) unless a docstring
 says "ours". They compare activations of latents: decoder rows must have unit norm. Shapes: as in
@@ -31,16 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import dmsae
-from dmsae import (
-    BadInput,
-    Config,
-    load_core,
-    load_sae,
-    read_json,
-    refusing,
-    residual_stream,
-    spliced,
-)
+from dmsae import BadInput, Config, load_core, load_sae, read_json, refusing, residual_stream
 
 bar = partial(tqdm, disable=None, leave=False)  # a progress bar, on a terminal only
 
@@ -50,8 +46,7 @@ class CannotRun(Exception):
 
 
 def mean_of(rows):
-    """Mean of each figure over rows (dicts), and as figure_std the sample standard deviation. A
-    None is left out; None where nothing is left."""
+    """Of each figure in rows (dicts), None left out: the mean, and as figure_std the deviation."""
     out = {}
     for key in rows[0]:
         values = [row[key] for row in rows if row[key] is not None]
@@ -69,21 +64,15 @@ def special_tokens(tokenizer):
 def residuals(model, layer, rows):
     """The residual stream of each of rows, lists of ids, in turn: (its length, D)"""
     for i in bar(range(0, len(rows), 64), "residuals"):
-        part = rows[i : i + 64]
-        ids = [torch.tensor(row) for row in part]  # padded on the right, where no position sees it
-        h = residual_stream(model, layer, pad_sequence(ids, batch_first=True).to(model.device))
-        for row, x in zip(part, h, strict=True):
+        part = [torch.tensor(row) for row in rows[i : i + 64]]
+        ids = pad_sequence(part, batch_first=True)  # on the right, where no earlier token sees it
+        for row, x in zip(part, residual_stream(model, layer, ids.to(model.device)), strict=True):
             yield x[: len(row)].float()
-
-
-def last_residuals(model, layer, rows):
-    """Those at the last token of each row: (n, D). What would follow cannot change them."""
-    return torch.stack([x[-1].clone() for x in residuals(model, layer, rows)])
 
 
 def edited_logits(model, layer, ids, edit):
     """Logits (R, T, V) where the layer's output h (R, T, D) is replaced by edit(h)."""
-    with spliced(model, layer, edit):
+    with dmsae.spliced(model, layer, edit):
         return model(ids, use_cache=False).logits
 
 
@@ -99,8 +88,7 @@ def logistic_regression(x, y, balanced=False):
     dtype, x, y = x.dtype, x.double(), y.double()
     weight = 0.5 / torch.where(y > 0, y.mean(), 1 - y.mean()) if balanced else None
     probe = x.new_zeros(1, x.shape[1] + 1, requires_grad=True)
-    settings = dict(max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-    lbfgs = torch.optim.LBFGS([probe], **settings)
+    lbfgs = torch.optim.LBFGS([probe], max_iter=500, line_search_fn="strong_wolfe")
 
     def objective():
         lbfgs.zero_grad()
@@ -116,8 +104,7 @@ def logistic_regression(x, y, balanced=False):
 
 @torch.enable_grad()
 def train_epoch(probes, adam, x, y, batch, rng, l1, pos_weight=None):
-    """One epoch of probes (P, d + 1) in batches: BCE + l1 times the mean over probes of |w|_1.
-    x (n, d), y (n, P)"""
+    """One epoch of probes (P, d + 1): BCE + l1 * their mean |w|_1. x (n, d), y (n, P)"""
     for at in torch.randperm(len(x), generator=rng).to(x.device).split(batch):
         logits = probe_logits(x[at], probes)
         loss = F.binary_cross_entropy_with_logits(logits, y[at], pos_weight=pos_weight)
@@ -130,8 +117,8 @@ def train_letter_probes(x, y, batch, weight_decay, l1=0.0, seed=0):
     """A one-vs-rest probe for each letter, positives weighted by negatives / positives: Adam, 50
     epochs, rate 1e-2 falling to 1e-5. x (n, d), y (n,) in 0..25 -> (26, d + 1)
 
-    Ours: at least 20 batches an epoch, so 1000 steps, about what SAEBench's vocabularies give. With
-    few words its L1 probe, in batches of 4096, would end after 50, and absorption measure that."""
+    Ours: at least 20 batches an epoch, so 1000 steps, as SAEBench's vocabularies give. Few words in
+    batches of 4096 would give its L1 probe 50, and absorption would measure that."""
     rng = dmsae.generator(seed, "letters")
     is_letter = F.one_hot(y, 26).float()
     rare = len(y) / is_letter.sum(0).clamp_min(1) - 1  # (26,)
@@ -174,16 +161,13 @@ def spliced_losses(model, layer, ids, keep, x_hat):
     """Sums over the positions keep (R, T) of the next-token loss and of the KL divergence to the
     model's own prediction, in nats, of the model itself, with the layer's output zeroed, and with
     x_hat (B, D) at these positions: (3, 2)"""
-
-    def put_back(h):  # positions outside keep stay as they are
-        return h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
-
+    edits = torch.zeros_like, lambda h: h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
     own = model(ids, use_cache=False).logits  # (R, T, V)
-    edited = (edited_logits(model, layer, ids, edit) for edit in (torch.zeros_like, put_back))
+    edited = (edited_logits(model, layer, ids, edit) for edit in edits)  # one at a time: V is large
     following = F.pad(ids[:, 1:], (0, 1), value=-100).where(keep, -100)  # -100: not counted
     sums = torch.zeros(3, 2, dtype=torch.float64, device=own.device)  # .item() would stop a GPU
     for logits, (ce, kl) in zip(itertools.chain([own], edited), sums, strict=True):
-        for q, p, target, kept in zip(logits, own, following, keep, strict=True):  # V is large
+        for q, p, target, kept in zip(logits, own, following, keep, strict=True):
             q, p = (t.float().log_softmax(-1) for t in (q, p))  # (T, V)
             ce += F.nll_loss(q, target, reduction="sum")
             kl += (F.kl_div(q, p, reduction="none", log_target=True).sum(1) * kept).sum()
@@ -238,29 +222,25 @@ def latent_figures(density, sae):
 
 @torch.no_grad()
 def core_metrics(model, layer, ids, keep, sae):
-    """Core evaluation on contexts ids (R, T). Positions outside keep (R, T) stay as they are; the
-    ablation zeroes all. None is a 0 / 0. For a prefix of w latents: sae.threshold[w:] = math.inf
+    """Core evaluation on contexts ids, keep (R, T) of a dmsae.Text: where keep is not, the SAE does
+    nothing; the ablation zeroes all. None is a 0 / 0. For a prefix w: sae.threshold[w:] = math.inf
 
     ce_loss_without_sae, ce_loss_with_sae: next-token loss without and with the SAE, nats a token
     ce_loss_with_ablation, kl_div_with_ablation: loss and divergence with the layer's output zeroed
-    ce_loss_score: share of what zeroing the layer costs in loss that the SAE recovers; 1 is best
     kl_div_with_sae: KL divergence to the model's own prediction, nats a token
-    kl_div_score: as ce_loss_score, of this divergence
+    ce_loss_score, kl_div_score: share of what zeroing costs that the SAE recovers; 1 is best
     fvu: squared error over the variance about the mean
     explained_variance_legacy: mean over tokens of 1 - such a ratio, as in SAEBench's papers
     explained_variance_0_6_0: about zero, as SAEBench 0.6.0 has it
     mse_saebench: squared error of a token, over the tokens of a batch
-    cossim: mean cosine of input and reconstruction
-    l1: sum of activations at a token
+    cossim, l1: mean cosine of input and reconstruction; mean sum of activations at a token
     l2_norm_in, l2_norm_out, l2_ratio: mean norm of input and reconstruction; mean ratio
     relative_reconstruction_bias: mean squared norm of the reconstruction over its inner product
     """
-    size = max(1, 2048 // ids.shape[1])  # SAEBench's batch: 16 contexts of 128
-    batches = list(zip(ids.split(size), keep.split(size), strict=True))
-    sums = Counter()
-    for b, kept in bar(batches, "core"):
-        b, kept = b.to(model.device), kept.to(model.device)
-        sums.update(core_sums(model, layer, b, kept, sae))  # a Counter adds
+    batches = list(dmsae.in_parts(model, ids, keep, 2048))  # SAEBench's batch: 16 contexts of 128
+    sums = Counter()  # it adds
+    for batch in bar(batches, "core"):
+        sums.update(core_sums(model, layer, *batch, sae))
     n = int(keep.sum())
     error, square, x = sums["error"] / n, sums["square"] / n, sums["x"] / n
     names = "explained_variance_legacy mse_saebench cossim l1 l2_norm_in l2_norm_out l2_ratio"
@@ -284,8 +264,7 @@ def core_metrics(model, layer, ids, keep, sae):
 MIN_F1 = 0.6  # of a letter's probe, and of its main latents: below, there is nothing to measure
 MIN_LETTERS = 20  # that the probes must read (SAEBench)
 
-# residuals at n train and m test words, (n, D) and (m, D), their letters 0..25, residuals at the
-# test words in other prompts (m, D), and the probes that read the letters there (26, D + 1)
+# Residuals x (n, D) at words, x_fresh in other prompts; letters y (n,) 0..25; probes (26, D + 1)
 Spelling = namedtuple("Spelling", "x_train y_train x_test y_test x_fresh probes")
 
 
@@ -303,8 +282,7 @@ def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
     words = rng.permutation(list(letter))[:n_words]
     train, test = np.split(words, [int(0.8 * len(words))])
 
-    def after(string):
-        """Its ids where it follows another word."""
+    def after(string):  # its ids where it follows another word
         first, both = tokenizer(["a", "a" + string], add_special_tokens=False)["input_ids"]
         return both[len(first) :]
 
@@ -319,7 +297,7 @@ def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
             for example in examples[examples != word][:10]:
                 prompt += [example, *rest_of_line[letter[example]]]
             prompts.append([*prompt, word])
-        return last_residuals(model, layer, prompts)
+        return torch.stack([x[-1].clone() for x in residuals(model, layer, prompts)])
 
     x_train, x_test, x_fresh = read(train, train), read(test, test), read(test, words)
     y = torch.tensor([letter[word] for word in words], device=model.device)
@@ -335,7 +313,7 @@ def f1_score(positive, truth):
 
 def main_latents(order, f_train, y_train, f_test, y_test):
     """A letter's main latents: the first k of order, where a larger k must add .03 to the F1 of a
-    regression on them. f (n, F), y (n,) bool. Also that F1."""
+    regression on them; and that F1. f (n, F), y (n,) bool"""
     best, main = -1.0, None
     for k in range(1, 11):
         probe = logistic_regression(f_train[:, order[:k]], y_train, balanced=True)
@@ -347,9 +325,8 @@ def main_latents(order, f_train, y_train, f_test, y_test):
 
 
 def absorption_scores(f, x, W_dec, w, main):
-    """Of n words of one letter: full absorption (bool), and the absorbed fraction, (n,) each.
-    f (n, F) activations, x (n, D) residuals, w (D,) the letter's probe, main: indices of its main
-    latents."""
+    """Full absorption (bool) and the absorbed fraction of n words of a letter, (n,) each, from
+    activations f (n, F), residuals x (n, D), the letter's probe w (D,), and its main latents."""
     u = F.normalize(w, dim=0)
     c = F.normalize(W_dec) @ u  # (F,)
     p = f * c  # (n, F) what each latent adds to
@@ -380,8 +357,7 @@ def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
     is_letter = F.one_hot(task.y_test, 26).bool()
     letters = (f1_score(read, is_letter) > MIN_F1).nonzero()[:, 0].tolist()
     if len(letters) < MIN_LETTERS:
-        few = f"the layer's probes read {len(letters)} of 26 first letters"
-        raise CannotRun(f"{few}; {MIN_LETTERS} are needed")
+        raise CannotRun(f"the probes read {len(letters)} of 26 letters; {MIN_LETTERS} are needed")
     xs = task.x_train, task.x_test, task.x_fresh
     f_train, f_test, f_fresh = (torch.cat([*map(sae.encode, x.split(2048))]) for x in xs)
     W = train_letter_probes(f_train, task.y_train, 4096, 1e-6, 0.01, seed)[:, :-1]
@@ -413,8 +389,8 @@ def read_rows(path):
 
 def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
     """Texts and labels, (n,) str each, of two columns of rows (dicts), about `budget` in all: at
-    most 2500 a class (SAEBench: 2000 + 500), no class below 10; and for SCR, where a third column
-    is named, the values there, else None. BadInput"""
+    most 2500 a class (SAEBench: 2000 + 500), no class below 10. Then the values in a third column,
+    for SCR, or None. BadInput"""
     by_class = {}
     for i in np.random.default_rng(seed).permutation(len(rows)):
         values = [rows[i].get(column) for column in columns]
@@ -492,9 +468,9 @@ ABLATED = 2, 5, 10, 20, 50, 100, 500  # latents at once; SAEBench's main figure 
 
 
 def ablations(X, A, W_dec, effect):
-    """(n, X without them) of the n latents of the largest effect (F,), for each n of ABLATED: where
-    they are zeroed on every token, the SAE's error kept, X (n, D) moves by -A W_dec of these. As in
-    SAEBench of all latents of any effect: a large n takes negative ones too."""
+    """(n, X without the n latents of the largest effect) for each n of ABLATED: zeroed on every
+    token, the SAE's error kept, they move X (n, D) by -A W_dec. effect (F,), of any sign as in
+    SAEBench: a large n takes negative ones too."""
     order = effect.topk(min(max(ABLATED), int((effect != 0).sum()))).indices
     for n in ABLATED:
         yield n, X - A[:, order[:n]] @ W_dec[order[:n]]
@@ -502,12 +478,11 @@ def ablations(X, A, W_dec, effect):
 
 @torch.no_grad()
 def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
-    """Targeted probe perturbation: mean over classes, then over seeds, each with its own split and
-    probes. X (n, D) and A (n, F) of `pooled`, labels (n,), W_dec (F, D)
+    """Targeted probe perturbation, by ablating N latents of a class: mean over classes, then over
+    seeds, each with its own split and probes. X (n, D), A (n, F) of `pooled`, labels (n,), W_dec
 
     tpp_threshold_N_total_metric: intended less unintended; higher is better
-    tpp_threshold_N_intended: accuracy that a class's probe loses without the class's N latents
-    tpp_threshold_N_unintended: what the other classes' probes lose then
+    tpp_threshold_N_intended, tpp_threshold_N_unintended: accuracy its own probe, the others lose
     probe_accuracy: before any ablation
     """
     rows = []
@@ -546,8 +521,8 @@ def scr_cells(labels, spurious, most=4):
 
 
 def scr_tasks(texts):
-    """Indices of texts (4, n), as of `scr_cells`, -> tasks (2, m): class a against b and value u
-    against v, both balanced, and a with u against b with v."""
+    """Indices of texts (4, n) of `scr_cells` -> tasks (2, m): class a against b and value u against
+    v, both balanced, and a with u against b with v."""
     h = texts.shape[1] // 2
     by_class, by_value = texts[:, :h], texts[[0, 2, 1, 3], :h]
     return by_class.reshape(2, -1), by_value.reshape(2, -1), texts[[0, 3], : 2 * h]
@@ -556,10 +531,9 @@ def scr_tasks(texts):
 @torch.no_grad()
 def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
     """Spurious correlation removal: a biased probe learns class a against b where a always has the
-    spurious value u, and b has v; an oracle learns on balanced texts. Direction 1 asks the biased
-    probe for the class without the spurious label's N latents, direction 2 for the spurious label
-    without the class's. Mean over class pairs and seeds. X (n, D), A (n, F) of `pooled`, labels,
-    spurious (n,), W_dec (F, D). CannotRun
+    spurious value u, and b has v; an oracle learns on balanced texts. Direction 1 asks it for the
+    class without the spurious label's N latents, direction 2 the reverse. Mean over class pairs and
+    seeds. X (n, D), A (n, F) of `pooled`, labels, spurious (n,), W_dec (F, D). CannotRun
 
     scr_metric_threshold_N: the direction of lower biased accuracy, none in a tie; 1 is best
     scr_dirN_threshold_N: share of the way from biased to oracle accuracy; 0 where it is below .001
@@ -595,13 +569,11 @@ def cycles(run):
 
 
 def stability(folder):
-    """How the core chosen after a training, an SAE folder, overlaps with that before; and the
-    training's own figures. Exact: a core's rows are frozen, so an identity needs no matching.
-    CannotRun, BadInput
+    """The figures of a training (Path of its SAE), and how the core chosen after it overlaps that
+    before. Exact: a core's rows are frozen, an identity needs no matching. CannotRun, BadInput
 
-    core: latents of the core chosen after the training
+    core, new: latents of the core chosen after the training; those chosen for the first time
     kept, dropped: those of the core before that were chosen again, and that were not
-    new: those chosen for the first time
     jaccard: kept over all in either core; 1 is the same core
     identity_overlap: share of the core before that was kept
     cycle, tokens, dead, ce, ce_recovered: of the training, as dmsae.py measured them
@@ -651,9 +623,8 @@ def pw_mcc(a, b):
 
 def agreement(run_a, run_b, seed=0):
     """Whether the last SAEs of two runs have the same features: {set: PW-MCC of encoder and decoder
-    rows} of the cores, of as many latents drawn from prefix 0, and of prefix 0, core included; and
-    beside each, as _random, that of as many random directions and the second run's rows. why: a
-    figure of stability means nothing without these two baselines. BadInput"""
+    rows} of the cores, of as many latents drawn from prefix 0, and of prefix 0, core included; as
+    _random that of random directions and the second run's rows: the two are baselines. BadInput"""
     rng, sides, out = dmsae.generator(seed, "agreement"), [], {}
     for folder in cycles(run_a)[-1], cycles(run_b)[-1]:
         sae, (core, _) = load_sae(folder), load_core(folder / "core.safetensors")
@@ -710,10 +681,8 @@ def table(report, everything=False):
     if everything or len(rows) == 1:
         rows |= figures
     for name, values in rows.items():
-        cells = (
-            f"{v:.4g}" if isinstance(v, float) else str(v).replace("None", "-") for v in values
-        )
-        yield f"{name:38}" + "".join(f"  {cell:>26}" for cell in cells)
+        cells = [f"{v:.4g}" if isinstance(v, float) else v for v in values]
+        yield f"{name:38}" + "".join(f"  {'-' if v is None else v:>26}" for v in cells)
     for name, whys in reasons.items():
         yield f"{name.replace('_', ' ')}: {'; '.join(dict.fromkeys(filter(None, whys)))}"
     for pair, sets in report["agreement"].items():
@@ -873,9 +842,8 @@ def page(report, of_core):
 
 # ---- The command line ---------------------------------------------------------------------------
 METRICS = "core absorption probing tpp scr stability".split()
-# Of an SAE's Config what matters here: an older version has more
-NEEDED = "model layer k ctx batch tokens attribution_tokens device dataset text".split()
-NEEDED += ["text_column", "separator"]
+NEEDED = "model layer k ctx batch tokens attribution_tokens device dataset text text_column".split()
+NEEDED += ["separator"]  # an older version's Config has more
 
 
 def parse(argv=None):
@@ -905,15 +873,13 @@ def unit_rows(sae):
     """The same function with decoder rows of unit norm, in place."""
     norm = sae.requires_grad_(False).W_dec.norm(dim=1).clamp_min(1e-8)
     sae.W_dec /= norm[:, None]
-    sae.W_enc *= norm[:, None]
-    sae.b_enc *= norm
-    sae.threshold *= norm
+    for t in sae.W_enc.T, sae.b_enc, sae.threshold:
+        t *= norm
     return sae
 
 
 def read_cfg(folder):
-    """What an SAE's cfg.json says of its training: dmsae.py's settings, or SAELens's in their
-    names, and layer. BadInput"""
+    """From an SAE's cfg.json, in dmsae.py's names: its layer, and how it was trained. BadInput"""
     with refusing(f"{folder}: is no SAE folder"):
         cfg = read_json(folder / "cfg.json")
         cfg |= cfg.get("metadata") or {}  # older SAELens has all at the top
@@ -945,8 +911,7 @@ def load(args):
         known |= dict(text=None, dataset=f"{home}/tokens.bin")
     if args.text:
         known |= dict(text=args.text, separator=None, text_column=None)
-    (known["model"],) = models
-    known["device"] = args.device
+    known |= dict(model=models.pop(), device=args.device)
     cfg = Config(**{name: known[name] for name in NEEDED if known.get(name) is not None})
     dmsae.check(cfg)
     saes = [(f, c["layer"], unit_rows(load_sae(f, cfg.device))) for f, c in cfgs.items()]
@@ -1026,10 +991,9 @@ def run(args):
                 dmsae.write_json(report, path)
     print(*table(report, args.all), f"written: {path}", sep="\n")
     if args.html:
-        last = saes[:2][-1]  # of the first run
+        last = [sae for sae in saes if sae[0].parent == saes[0][0].parent][-1]  # of the first run
         of_core = core_page(*inputs[:4], *last) if (last[0] / "core.safetensors").exists() else {}
-        with dmsae.written_whole(path.with_suffix(".html")) as part:
-            part.write_text(page(report, of_core))
+        path.with_suffix(".html").write_text(page(report, of_core))
 
 
 if __name__ == "__main__":

@@ -2686,9 +2686,9 @@ def test_letter_prompts_are_as_documented(monkeypatch):
 
     def read(model, layer, prompts):
         seen.extend(prompts)
-        return torch.stack([model.embed.weight[prompt[-1]] for prompt in prompts])
+        return [model.embed.weight[prompt] for prompt in prompts]
 
-    monkeypatch.setattr(ev, "last_residuals", read)
+    monkeypatch.setattr(ev, "residuals", read)
     tokenizer.ids["\n"] = 1
     ev.spelling_task(model, 0, tokenizer)
     tail = [tokenizer.ids[w] for w in "has the first letter:".split()]
@@ -2928,8 +2928,9 @@ def test_eval_through_its_command_line(story, labels_csv, tmp_path, capsys):
     assert last["stability"]["core"] == result["core"] and last[f"scr {file}"]["pairs"] == 1
     assert len(last[f"tpp {file}"]["details"]) == 2
     lines = printed.splitlines()
-    assert [line.split("  ")[0].split(",")[0] for line in lines[1:8]] == FIRST
-    assert lines[8].startswith("probing by 1 latent, higher is better  ")
+    assert lines[0].startswith("text: ")
+    assert [line.split("  ")[0].split(",")[0] for line in lines[2:9]] == FIRST
+    assert lines[9].startswith("probing by 1 latent, higher is better  ")
     assert "kl_div_score" not in printed and "TPP" not in printed
     data = data_of((tmp_path / "eval.html").read_text())
     names = {re.sub("[0-9]+", "N", key).removesuffix("_std") for key in keys_of(data)}
