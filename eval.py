@@ -684,7 +684,7 @@ def table(report, everything=False):
         cells = [f"{v:.4g}" if isinstance(v, float) else v for v in values]
         yield f"{name:38}" + "".join(f"  {'-' if v is None else v:>26}" for v in cells)
     for name, whys in reasons.items():
-        yield f"{name.replace('_', ' ')}: {'; '.join(dict.fromkeys(filter(None, whys)))}"
+        yield f"{name.removesuffix('_run')} run: {'; '.join(dict.fromkeys(filter(None, whys)))}"
     for pair, sets in report["agreement"].items():
         for name, row in sets.items():
             beside = f"decoder {row['decoder']:.3f}, random directions {row['decoder_random']:.3f}"
@@ -694,11 +694,11 @@ def table(report, everything=False):
 # ---- The page: one file without network, which draws the report and the core's latents ----------
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>dmsae</title>
 <meta name=viewport content="width=device-width,initial-scale=1"><style>
-body{font:16px/1.5 system-ui,sans-serif;margin:auto;max-width:70em;padding:1em;color:#222}
-h2{margin-top:2em}small{color:#666}figure{margin:0}svg{width:100%}text{font-size:11px;fill:#666}
+body{font:16px/1.5 system-ui;margin:auto;max-width:70em;padding:1em;color:#222}small{color:#666}
+h2{margin-top:2em}figure{margin:0}svg{width:100%;overflow:visible}text{font-size:11px;fill:#666}
 #first,#charts,#cards{display:grid;gap:1.5em;grid:auto/repeat(auto-fill,minmax(min(18em,100%),1fr))}
 article{border:1px solid #ddd;border-radius:.5em;padding:.8em;overflow-wrap:anywhere}
-article p{font:.8em/1.6 monospace;margin:.5em 0 0;white-space:pre-wrap}kbd{background:#eee}
+article p{font:.8em/1.6 monospace;margin:.5em 0 0;white-space:break-spaces}kbd{background:#eee}
 progress{width:3em}details{overflow-x:auto}td{padding-right:1em}:target{border-color:red}</style>
 <h1 id=title></h1><p id=about></p><div id=first></div><h2>The run</h2><div id=charts></div>
 <h2>The core's latents</h2><input id=find placeholder="filter, such as a token"> by <select id=by>
@@ -723,9 +723,9 @@ function chart(title, xName, yName, series, least = 0) {  // series: {name: [[x,
   const [across, xs] = axis(points.map(p => p[0]), 40, 320, least)
   const [down, ys] = axis(points.map(p => p[1]), 195, 5, 0)
   let key = "", svg = `<text x=180 y=226 text-anchor=middle>${xName}</text>`
-  svg += each(xs, x => `<text x=${across(x)} y=210 text-anchor=middle>${show(x)}</text>`)
+  svg += each(xs, x => `<text x=${across(x)} y=210 text-anchor=middle>${show(x, 6)}</text>`)
   svg += each(ys, y => `<path d="M40 ${down(y)}H320" stroke=#ddd></path>
-    <text x=34 y=${down(y) + 4} text-anchor=end>${show(y)}</text>`)
+    <text x=34 y=${down(y) + 4} text-anchor=end>${show(y, 6)}</text>`)
   Object.entries(series).forEach(([name, line], i) => {
     const colour = `hsl(${210 + 137 * i},60%,${40 + 12 * (i % 3)}%)`  // far from the one before
     const places = line.map(([x, y]) => [across(x), down(y)])
