@@ -222,7 +222,7 @@ def latent_figures(density, sae):
 
 @torch.no_grad()
 def core_metrics(model, layer, ids, keep, sae):
-    """Core evaluation on contexts ids, keep (R, T) of a dmsae.Text: where keep is not, the SAE does
+    """Core evaluation on contexts ids, keep (R, T) of a dmsae.Text. Outside keep the SAE changes
     nothing; the ablation zeroes all. None is a 0 / 0. For a prefix w: sae.threshold[w:] = math.inf
 
     ce_loss_without_sae, ce_loss_with_sae: next-token loss without and with the SAE, nats a token
