@@ -10,7 +10,7 @@ metric returns a dict of figures, and raises CannotRun where it has no value. In
     sae = unit_rows(dmsae.load_sae("runs/seed0/cycle5", model.device))
     absorption(model, 12, tokenizer, sae)
     X, A = pooled(model, 12, tokenizer, sae, texts)  # for tpp and scr too
-    sparse_probing(X, A, np.array(labels))
+    sparse_probing(X, A, labels)
 
 Definitions are those of SAEBench 0.6.0 (Karvonen et al. 2025, arXiv 2503.09532) unless a docstring
 says "ours". They compare activations of latents: decoder rows must have unit norm. Shapes: as in
@@ -424,7 +424,7 @@ def one_vs_rest(labels, seed=0):
     """[(train (2, m), test (2, m'))] for each class in sorted order, 80/20: indices of texts,
     positives first; as many of the others, in equal shares."""
     rng = np.random.default_rng(seed)
-    classes = [rng.permutation(np.flatnonzero(labels == c)) for c in sorted(set(labels))]
+    classes = [rng.permutation(np.flatnonzero(np.equal(labels, c))) for c in sorted(set(labels))]
     parts = [np.split(texts, [int(0.8 * len(texts))]) for texts in classes]
 
     def task(c, part):
@@ -512,7 +512,11 @@ def scr_cells(labels, spurious, most=4):
     values = [] if spurious is None else sorted(set(spurious))
     found = []
     for pair in itertools.combinations(sorted(set(labels)), 2):
-        cells = [np.flatnonzero((labels == c) & (spurious == v)) for c in pair for v in values]
+        cells = [
+            np.flatnonzero(np.equal(labels, c) & np.equal(spurious, v))
+            for c in pair
+            for v in values
+        ]
         if len(values) == 2 and min(map(len, cells)) >= 20:
             found.append(cells)
     if not found:
@@ -569,7 +573,7 @@ def cycles(run):
 
 
 def stability(folder):
-    """The figures of a training (Path of its SAE), and how the core chosen after it overlaps that
+    """The figures of a training, an SAE folder, and how the core chosen after it overlaps with that
     before. Exact: a core's rows are frozen, an identity needs no matching. CannotRun, BadInput
 
     core, new: latents of the core chosen after the training; those chosen for the first time
@@ -578,11 +582,11 @@ def stability(folder):
     identity_overlap: share of the core before that was kept
     cycle, tokens, dead, ce, ce_recovered: of the training, as dmsae.py measured them
     """
-    if folder not in cycles(folder.parent):
+    if Path(folder) not in cycles(Path(folder).parent):
         raise CannotRun("the SAE is in no run folder of dmsae.py")
     with refusing(f"{folder}: is of no training of dmsae.py"):
-        row = read_json(folder / "cfg.json")["metadata"]["result"]
-    core, _ = load_core(folder / "core.safetensors")
+        row = read_json(f"{folder}/cfg.json")["metadata"]["result"]
+    core, _ = load_core(f"{folder}/core.safetensors")
     row["votes"] = Counter(sorted(core.votes.tolist()))
     row["births"] = Counter(sorted(core.birth[:, 0].tolist()))
     row["jaccard"] = row["kept"] / (row["core"] + row["dropped"])
