@@ -301,9 +301,8 @@ def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
 
     x_train, x_test, x_fresh = read(train, train), read(test, test), read(test, words)
     y = torch.tensor([letter[word] for word in words], device=model.device)
-    y_train, y_test = y[: len(train)], y[len(train) :]
-    probes = train_letter_probes(x_train, y_train, 64, 1e-4, seed=seed)
-    return Spelling(x_train, y_train, x_test, y_test, x_fresh, probes)
+    probes = train_letter_probes(x_train, y[: len(train)], 64, 1e-4, seed=seed)
+    return Spelling(x_train, y[: len(train)], x_test, y[len(train) :], x_fresh, probes)
 
 
 def f1_score(positive, truth):
@@ -482,7 +481,7 @@ def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
     seeds, each with its own split and probes. X (n, D), A (n, F) of `pooled`, labels (n,), W_dec
 
     tpp_threshold_N_total_metric: intended less unintended; higher is better
-    tpp_threshold_N_intended, tpp_threshold_N_unintended: accuracy its own probe, the others lose
+    tpp_threshold_N_intended, tpp_threshold_N_unintended: accuracy lost by its probe; by others
     probe_accuracy: before any ablation
     """
     rows = []
@@ -512,11 +511,8 @@ def scr_cells(labels, spurious, most=4):
     values = [] if spurious is None else sorted(set(spurious))
     found = []
     for pair in itertools.combinations(sorted(set(labels)), 2):
-        cells = [
-            np.flatnonzero(np.equal(labels, c) & np.equal(spurious, v))
-            for c in pair
-            for v in values
-        ]
+        own = [np.equal(labels, c) for c in pair]
+        cells = [np.flatnonzero(one & np.equal(spurious, v)) for one in own for v in values]
         if len(values) == 2 and min(map(len, cells)) >= 20:
             found.append(cells)
     if not found:
@@ -535,9 +531,9 @@ def scr_tasks(texts):
 @torch.no_grad()
 def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
     """Spurious correlation removal: a biased probe learns class a against b where a always has the
-    spurious value u, and b has v; an oracle learns on balanced texts. Direction 1 asks it for the
-    class without the spurious label's N latents, direction 2 the reverse. Mean over class pairs and
-    seeds. X (n, D), A (n, F) of `pooled`, labels, spurious (n,), W_dec (F, D). CannotRun
+    spurious value u, and b has v; oracles learn on balanced texts. Direction 1 asks the biased one
+    for the class, without N latents of the spurious label; direction 2 the reverse. Mean over class
+    pairs, seeds. X (n, D), A (n, F) of `pooled`, labels, spurious (n,), W_dec (F, D). CannotRun
 
     scr_metric_threshold_N: the direction of lower biased accuracy, none in a tie; 1 is best
     scr_dirN_threshold_N: share of the way from biased to oracle accuracy; 0 where it is below .001

@@ -2365,6 +2365,25 @@ def test_sparse_probing_finds_planted_classes():
     )
 
 
+def test_labels_may_be_a_list(story):
+    """In a notebook labels are lists and folders strings; the figures must be those of arrays."""
+    X, A, labels, _ = planted_texts()
+    assert ev.sparse_probing(X, A, labels.tolist()) == ev.sparse_probing(X, A, labels)
+    A, names, values = biased_texts(160)
+    cells = ev.scr_cells(names.tolist(), values.tolist())
+    assert np.array_equal(cells, ev.scr_cells(names, values)) and len(cells[0]) == 4
+    assert ev.stability(f"{story}/cycle3") == ev.stability(story / "cycle3")
+
+
+def test_a_reason_names_its_file_as_it_is():
+    """An underscore of a file's name must stay in the table."""
+    metrics = {"scr a_b.csv": dict(cannot_run="no_x"), "core": dict(l0=None, fvu=0.5, tokens=3)}
+    report = dict(saes=[dict(folder="a", metrics=metrics)], agreement={})
+    lines = list(ev.table(report, True))
+    assert lines[-1] == "scr a_b.csv: cannot run: no_x"
+    assert [line.split()[-1] for line in lines[1:-1]] == ["-", "0.5", "-", "0.5", "3"]
+
+
 def test_a_probe_equals_a_naive_reference():
     """It must equal nn.Linear trained on BCE and L1 at its epoch of best test accuracy."""
     torch.manual_seed(0)
