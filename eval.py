@@ -1,11 +1,16 @@
 """SAEBench's metrics, light and exact, for SAEs of dmsae.py and for SAELens `jumprelu` folders.
 
     python eval.py runs/gemma-2-2b_k64_seed0                  # its plain SAE beside its last one
-    python eval.py runs/seed0 runs/seed1 --labelled news.csv --ravel facts.json --html --all
+    python eval.py runs/seed0 runs/seed1 --labelled news.csv --html --all
 
 One function for each metric, in the order of the table; then the page and the command line. A
-metric takes a language model, a layer, an SAE and data, returns a dict, and raises CannotRun where
-it has no value. In a notebook: `eval.absorption(model, 12, tokenizer, sae)`.
+metric returns a dict of figures, and raises CannotRun where it has no value. In a notebook:
+
+    model, tokenizer, _ = dmsae.load_model(dmsae.Config(model="google/gemma-2-2b", layer=12))
+    sae = unit_rows(dmsae.load_sae("runs/seed0/cycle5", model.device))
+    absorption(model, 12, tokenizer, sae)
+    X, A = pooled(model, 12, tokenizer, sae, texts)  # for tpp and scr too
+    sparse_probing(X, A, labels)
 
 Definitions are those of SAEBench 0.6.0 (Karvonen et al. 2025, arXiv 2503.09532) unless a docstring
 says "ours". They compare activations of latents: decoder rows must have unit norm. Shapes: as in
@@ -31,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import dmsae
-from dmsae import BadInput, Config, load_core, load_sae, residual_stream, spliced
+from dmsae import BadInput, Config, load_core, load_sae, read_json, refusing, residual_stream
 
 bar = partial(tqdm, disable=None, leave=False)  # a progress bar, on a terminal only
 
@@ -41,8 +46,7 @@ class CannotRun(Exception):
 
 
 def mean_of(rows):
-    """Mean of each figure over rows (dicts), and as figure_std the sample standard deviation. A
-    None is left out; None where nothing is left."""
+    """Of each figure in rows (dicts), None left out: the mean, and as figure_std the deviation."""
     out = {}
     for key in rows[0]:
         values = [row[key] for row in rows if row[key] is not None]
@@ -57,28 +61,18 @@ def special_tokens(tokenizer):
     return [i for i in ids if i is not None]
 
 
-def padded(rows, device):
-    """Lists of ids -> (n, longest), filled on the right, where no earlier position sees it."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, rows[0][0]).to(device)
-
-
 def residuals(model, layer, rows):
     """The residual stream of each of rows, lists of ids, in turn: (its length, D)"""
     for i in bar(range(0, len(rows), 64), "residuals"):
-        part = rows[i : i + 64]
-        h = residual_stream(model, layer, padded(part, model.device))
-        for row, x in zip(part, h, strict=True):
+        part = [torch.tensor(row) for row in rows[i : i + 64]]
+        ids = pad_sequence(part, batch_first=True)  # on the right, where no earlier token sees it
+        for row, x in zip(part, residual_stream(model, layer, ids.to(model.device)), strict=True):
             yield x[: len(row)].float()
-
-
-def last_residuals(model, layer, rows):
-    """Those at the last token of each row: (n, D). What would follow cannot change them."""
-    return torch.stack([x[-1].clone() for x in residuals(model, layer, rows)])
 
 
 def edited_logits(model, layer, ids, edit):
     """Logits (R, T, V) where the layer's output h (R, T, D) is replaced by edit(h)."""
-    with spliced(model, layer, edit):
+    with dmsae.spliced(model, layer, edit):
         return model(ids, use_cache=False).logits
 
 
@@ -94,8 +88,7 @@ def logistic_regression(x, y, balanced=False):
     dtype, x, y = x.dtype, x.double(), y.double()
     weight = 0.5 / torch.where(y > 0, y.mean(), 1 - y.mean()) if balanced else None
     probe = x.new_zeros(1, x.shape[1] + 1, requires_grad=True)
-    settings = dict(max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-    lbfgs = torch.optim.LBFGS([probe], **settings)
+    lbfgs = torch.optim.LBFGS([probe], max_iter=500, line_search_fn="strong_wolfe")
 
     def objective():
         lbfgs.zero_grad()
@@ -111,8 +104,7 @@ def logistic_regression(x, y, balanced=False):
 
 @torch.enable_grad()
 def train_epoch(probes, adam, x, y, batch, rng, l1, pos_weight=None):
-    """One epoch of probes (P, d + 1) in batches: BCE + l1 times the mean over probes of |w|_1.
-    x (n, d), y (n, P)"""
+    """One epoch of probes (P, d + 1): BCE + l1 * their mean |w|_1. x (n, d), y (n, P)"""
     for at in torch.randperm(len(x), generator=rng).to(x.device).split(batch):
         logits = probe_logits(x[at], probes)
         loss = F.binary_cross_entropy_with_logits(logits, y[at], pos_weight=pos_weight)
@@ -125,8 +117,8 @@ def train_letter_probes(x, y, batch, weight_decay, l1=0.0, seed=0):
     """A one-vs-rest probe for each letter, positives weighted by negatives / positives: Adam, 50
     epochs, rate 1e-2 falling to 1e-5. x (n, d), y (n,) in 0..25 -> (26, d + 1)
 
-    Ours: at least 20 batches an epoch, so 1000 steps, about what SAEBench's vocabularies give. With
-    few words its L1 probe, in batches of 4096, would end after 50, and absorption measure that."""
+    Ours: at least 20 batches an epoch, so 1000 steps, as SAEBench's vocabularies give. Few words in
+    batches of 4096 would give its L1 probe 50, and absorption would measure that."""
     rng = dmsae.generator(seed, "letters")
     is_letter = F.one_hot(y, 26).float()
     rare = len(y) / is_letter.sum(0).clamp_min(1) - 1  # (26,)
@@ -169,19 +161,16 @@ def spliced_losses(model, layer, ids, keep, x_hat):
     """Sums over the positions keep (R, T) of the next-token loss and of the KL divergence to the
     model's own prediction, in nats, of the model itself, with the layer's output zeroed, and with
     x_hat (B, D) at these positions: (3, 2)"""
-
-    def put_back(h):  # positions outside keep stay as they are
-        return h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
-
-    reference = edited_logits(model, layer, ids, lambda h: h)  # (R, T, V)
-    sums = torch.zeros(3, 2, dtype=torch.float64, device=reference.device)
-    for edit, (ce, kl) in zip((lambda h: h, torch.zeros_like, put_back), sums, strict=True):
-        logits = edited_logits(model, layer, ids, edit)
-        for q, p, row, kept in zip(logits, reference, ids, keep, strict=True):  # V: up to 256,000
-            q, p = (t.float().log_softmax(-1) for t in (q, p))
-            source = kept[:-1]
-            ce += F.nll_loss(q[:-1][source], row[1:][source], reduction="sum")
-            kl += F.kl_div(q[kept], p[kept], reduction="sum", log_target=True)
+    edits = torch.zeros_like, lambda h: h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
+    own = model(ids, use_cache=False).logits  # (R, T, V)
+    edited = (edited_logits(model, layer, ids, edit) for edit in edits)  # one at a time: V is large
+    following = F.pad(ids[:, 1:], (0, 1), value=-100).where(keep, -100)  # -100: not counted
+    sums = torch.zeros(3, 2, dtype=torch.float64, device=own.device)  # .item() would stop a GPU
+    for logits, (ce, kl) in zip(itertools.chain([own], edited), sums, strict=True):
+        for q, p, target, kept in zip(logits, own, following, keep, strict=True):
+            q, p = (t.float().log_softmax(-1) for t in (q, p))  # (T, V)
+            ce += F.nll_loss(q, target, reduction="sum")
+            kl += (F.kl_div(q, p, reduction="none", log_target=True).sum(1) * kept).sum()
     return sums
 
 
@@ -233,29 +222,25 @@ def latent_figures(density, sae):
 
 @torch.no_grad()
 def core_metrics(model, layer, ids, keep, sae):
-    """Core evaluation on contexts ids (R, T). Positions outside keep (R, T) stay as they are; the
-    ablation zeroes all. None is a 0 / 0. For a prefix of w latents: sae.threshold[w:] = math.inf
+    """Core evaluation on contexts ids, keep (R, T) of a dmsae.Text. Outside keep the SAE changes
+    nothing; the ablation zeroes all. None is a 0 / 0. For a prefix w: sae.threshold[w:] = math.inf
 
     ce_loss_without_sae, ce_loss_with_sae: next-token loss without and with the SAE, nats a token
     ce_loss_with_ablation, kl_div_with_ablation: loss and divergence with the layer's output zeroed
-    ce_loss_score: share of what zeroing the layer costs in loss that the SAE recovers; 1 is best
     kl_div_with_sae: KL divergence to the model's own prediction, nats a token
-    kl_div_score: as ce_loss_score, of this divergence
+    ce_loss_score, kl_div_score: share of what zeroing costs that the SAE recovers; 1 is best
     fvu: squared error over the variance about the mean
     explained_variance_legacy: mean over tokens of 1 - such a ratio, as in SAEBench's papers
     explained_variance_0_6_0: about zero, as SAEBench 0.6.0 has it
     mse_saebench: squared error of a token, over the tokens of a batch
-    cossim: mean cosine of input and reconstruction
-    l1: sum of activations at a token
+    cossim, l1: mean cosine of input and reconstruction; mean sum of activations at a token
     l2_norm_in, l2_norm_out, l2_ratio: mean norm of input and reconstruction; mean ratio
     relative_reconstruction_bias: mean squared norm of the reconstruction over its inner product
     """
-    size = max(1, 2048 // ids.shape[1])  # SAEBench's batch: 16 contexts of 128
-    batches = list(zip(ids.split(size), keep.split(size), strict=True))
-    sums = Counter()
-    for b, kept in bar(batches, "core"):
-        b, kept = b.to(model.device), kept.to(model.device)
-        sums.update(core_sums(model, layer, b, kept, sae))  # a Counter adds
+    batches = list(dmsae.in_parts(model, ids, keep, 2048))  # SAEBench's batch: 16 contexts of 128
+    sums = Counter()  # it adds
+    for batch in bar(batches, "core"):
+        sums.update(core_sums(model, layer, *batch, sae))
     n = int(keep.sum())
     error, square, x = sums["error"] / n, sums["square"] / n, sums["x"] / n
     names = "explained_variance_legacy mse_saebench cossim l1 l2_norm_in l2_norm_out l2_ratio"
@@ -279,8 +264,7 @@ def core_metrics(model, layer, ids, keep, sae):
 MIN_F1 = 0.6  # of a letter's probe, and of its main latents: below, there is nothing to measure
 MIN_LETTERS = 20  # that the probes must read (SAEBench)
 
-# residuals at n train and m test words, (n, D) and (m, D), their letters 0..25, residuals at the
-# test words in other prompts (m, D), and the probes that read the letters there (26, D + 1)
+# Residuals x (n, D) at words, x_fresh in other prompts; letters y (n,) 0..25; probes (26, D + 1)
 Spelling = namedtuple("Spelling", "x_train y_train x_test y_test x_fresh probes")
 
 
@@ -298,8 +282,7 @@ def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
     words = rng.permutation(list(letter))[:n_words]
     train, test = np.split(words, [int(0.8 * len(words))])
 
-    def after(string):
-        """Its ids where it follows another word."""
+    def after(string):  # its ids where it follows another word
         first, both = tokenizer(["a", "a" + string], add_special_tokens=False)["input_ids"]
         return both[len(first) :]
 
@@ -314,13 +297,12 @@ def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
             for example in examples[examples != word][:10]:
                 prompt += [example, *rest_of_line[letter[example]]]
             prompts.append([*prompt, word])
-        return last_residuals(model, layer, prompts)
+        return torch.stack([x[-1].clone() for x in residuals(model, layer, prompts)])
 
     x_train, x_test, x_fresh = read(train, train), read(test, test), read(test, words)
     y = torch.tensor([letter[word] for word in words], device=model.device)
-    y_train, y_test = y[: len(train)], y[len(train) :]
-    probes = train_letter_probes(x_train, y_train, 64, 1e-4, seed=seed)
-    return Spelling(x_train, y_train, x_test, y_test, x_fresh, probes)
+    probes = train_letter_probes(x_train, y[: len(train)], 64, 1e-4, seed=seed)
+    return Spelling(x_train, y[: len(train)], x_test, y[len(train) :], x_fresh, probes)
 
 
 def f1_score(positive, truth):
@@ -330,7 +312,7 @@ def f1_score(positive, truth):
 
 def main_latents(order, f_train, y_train, f_test, y_test):
     """A letter's main latents: the first k of order, where a larger k must add .03 to the F1 of a
-    regression on them. f (n, F), y (n,) bool. Also that F1."""
+    regression on them; and that F1. f (n, F), y (n,) bool"""
     best, main = -1.0, None
     for k in range(1, 11):
         probe = logistic_regression(f_train[:, order[:k]], y_train, balanced=True)
@@ -342,9 +324,8 @@ def main_latents(order, f_train, y_train, f_test, y_test):
 
 
 def absorption_scores(f, x, W_dec, w, main):
-    """Of n words of one letter: full absorption (bool), and the absorbed fraction, (n,) each.
-    f (n, F) activations, x (n, D) residuals, w (D,) the letter's probe, main: indices of its main
-    latents."""
+    """Full absorption (bool) and the absorbed fraction of n words of a letter, (n,) each, from
+    activations f (n, F), residuals x (n, D), the letter's probe w (D,), and its main latents."""
     u = F.normalize(w, dim=0)
     c = F.normalize(W_dec) @ u  # (F,)
     p = f * c  # (n, F) what each latent adds to
@@ -375,8 +356,7 @@ def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
     is_letter = F.one_hot(task.y_test, 26).bool()
     letters = (f1_score(read, is_letter) > MIN_F1).nonzero()[:, 0].tolist()
     if len(letters) < MIN_LETTERS:
-        few = f"the layer's probes read {len(letters)} of 26 first letters"
-        raise CannotRun(f"{few}; {MIN_LETTERS} are needed")
+        raise CannotRun(f"the probes read {len(letters)} of 26 letters; {MIN_LETTERS} are needed")
     xs = task.x_train, task.x_test, task.x_fresh
     f_train, f_test, f_fresh = (torch.cat([*map(sae.encode, x.split(2048))]) for x in xs)
     W = train_letter_probes(f_train, task.y_train, 4096, 1e-6, 0.01, seed)[:, :-1]
@@ -401,18 +381,15 @@ def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
 def read_rows(path):
     """Rows of a .csv file with a header, or of a .jsonl file: dicts. BadInput"""
     csv.field_size_limit(2**31 - 1)
-    try:
+    with refusing(f"--labelled {path}: must be a .csv or .jsonl file"):
         with open(path, newline="", encoding="utf-8-sig") as f:
             return list(csv.DictReader(f) if Path(path).suffix == ".csv" else map(json.loads, f))
-    except (OSError, ValueError, csv.Error) as e:
-        why = f"cannot be read ({type(e).__name__}: {e}); it must be a .csv or .jsonl file"
-        raise BadInput(f"--labelled {path}: {why}") from None
 
 
 def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
     """Texts and labels, (n,) str each, of two columns of rows (dicts), about `budget` in all: at
-    most 2500 a class (SAEBench: 2000 + 500), no class below 10; and for SCR, where a third column
-    is named, the values there, else None. BadInput"""
+    most 2500 a class (SAEBench: 2000 + 500), no class below 10. Then the values in a third column,
+    for SCR, or None. BadInput"""
     by_class = {}
     for i in np.random.default_rng(seed).permutation(len(rows)):
         values = [rows[i].get(column) for column in columns]
@@ -446,7 +423,7 @@ def one_vs_rest(labels, seed=0):
     """[(train (2, m), test (2, m'))] for each class in sorted order, 80/20: indices of texts,
     positives first; as many of the others, in equal shares."""
     rng = np.random.default_rng(seed)
-    classes = [rng.permutation(np.flatnonzero(labels == c)) for c in sorted(set(labels))]
+    classes = [rng.permutation(np.flatnonzero(np.equal(labels, c))) for c in sorted(set(labels))]
     parts = [np.split(texts, [int(0.8 * len(texts))]) for texts in classes]
 
     def task(c, part):
@@ -490,9 +467,9 @@ ABLATED = 2, 5, 10, 20, 50, 100, 500  # latents at once; SAEBench's main figure 
 
 
 def ablations(X, A, W_dec, effect):
-    """(n, X without them) of the n latents of the largest effect (F,), for each n of ABLATED: where
-    they are zeroed on every token, the SAE's error kept, X (n, D) moves by -A W_dec of these. As in
-    SAEBench of all latents of any effect: a large n takes negative ones too."""
+    """(n, X without the n latents of the largest effect) for each n of ABLATED: zeroed on every
+    token, the SAE's error kept, they move X (n, D) by -A W_dec. effect (F,), of any sign as in
+    SAEBench: a large n takes negative ones too."""
     order = effect.topk(min(max(ABLATED), int((effect != 0).sum()))).indices
     for n in ABLATED:
         yield n, X - A[:, order[:n]] @ W_dec[order[:n]]
@@ -500,12 +477,11 @@ def ablations(X, A, W_dec, effect):
 
 @torch.no_grad()
 def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
-    """Targeted probe perturbation: mean over classes, then over seeds, each with its own split and
-    probes. X (n, D) and A (n, F) of `pooled`, labels (n,), W_dec (F, D)
+    """Targeted probe perturbation, by ablating N latents of a class: mean over classes, then over
+    seeds, each with its own split and probes. X (n, D), A (n, F) of `pooled`, labels (n,), W_dec
 
     tpp_threshold_N_total_metric: intended less unintended; higher is better
-    tpp_threshold_N_intended: accuracy that a class's probe loses without the class's N latents
-    tpp_threshold_N_unintended: what the other classes' probes lose then
+    tpp_threshold_N_intended, tpp_threshold_N_unintended: accuracy lost by its probe; by others
     probe_accuracy: before any ablation
     """
     rows = []
@@ -535,7 +511,8 @@ def scr_cells(labels, spurious, most=4):
     values = [] if spurious is None else sorted(set(spurious))
     found = []
     for pair in itertools.combinations(sorted(set(labels)), 2):
-        cells = [np.flatnonzero((labels == c) & (spurious == v)) for c in pair for v in values]
+        own = [np.equal(labels, c) for c in pair]
+        cells = [np.flatnonzero(one & np.equal(spurious, v)) for one in own for v in values]
         if len(values) == 2 and min(map(len, cells)) >= 20:
             found.append(cells)
     if not found:
@@ -544,8 +521,8 @@ def scr_cells(labels, spurious, most=4):
 
 
 def scr_tasks(texts):
-    """Indices of texts (4, n), as of `scr_cells`, -> tasks (2, m): class a against b and value u
-    against v, both balanced, and a with u against b with v."""
+    """Indices of texts (4, n) of `scr_cells` -> tasks (2, m): class a against b and value u against
+    v, both balanced, and a with u against b with v."""
     h = texts.shape[1] // 2
     by_class, by_value = texts[:, :h], texts[[0, 2, 1, 3], :h]
     return by_class.reshape(2, -1), by_value.reshape(2, -1), texts[[0, 3], : 2 * h]
@@ -554,10 +531,9 @@ def scr_tasks(texts):
 @torch.no_grad()
 def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
     """Spurious correlation removal: a biased probe learns class a against b where a always has the
-    spurious value u, and b has v; an oracle learns on balanced texts. Direction 1 asks the biased
-    probe for the class without the spurious label's N latents, direction 2 for the spurious label
-    without the class's. Mean over class pairs and seeds. X (n, D), A (n, F) of `pooled`, labels,
-    spurious (n,), W_dec (F, D). CannotRun
+    spurious value u, and b has v; oracles learn on balanced texts. Direction 1 asks the biased one
+    for the class, without N latents of the spurious label; direction 2 the reverse. Mean over class
+    pairs, seeds. X (n, D), A (n, F) of `pooled`, labels, spurious (n,), W_dec (F, D). CannotRun
 
     scr_metric_threshold_N: the direction of lower biased accuracy, none in a tie; 1 is best
     scr_dirN_threshold_N: share of the way from biased to oracle accuracy; 0 where it is below .001
@@ -585,148 +561,30 @@ def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
     return mean_of(rows) | dict(pairs=len(runs) // len(seeds), details=rows)
 
 
-# ---- RAVEL: do a few latents carry one attribute of an entity, and no other? --------------------
-# A question: its tokens, the position of the entity's last one, the first token of the answer
-# (ours; SAEBench: the text of six), the attribute asked for, and all that is known of the entity
-Prompt = namedtuple("Prompt", "ids at answer asked facts")
-
-
-def ravel_prompts(tokenizer, facts):
-    """Prompts from {"entities": {"Paris": {"country": "France"}}, "templates": {"country":
-    ["{entity} is in"]}}. Entity, prompt and answer must each end where a token ends."""
-    prompts = []
-
-    def encode(string):
-        return tokenizer(string, add_special_tokens=False)["input_ids"]
-
-    for asked, templates in facts["templates"].items():
-        for template, (entity, about) in itertools.product(templates, facts["entities"].items()):
-            text = template.replace("{entity}", entity)
-            head = encode(template.split("{entity}")[0] + entity)
-            ids, answered = encode(text), encode(f"{text} {about.get(asked)}")
-            ends = ids[: len(head)] == head and answered[: len(ids)] == ids != answered
-            if asked in about and ends:
-                bos, answer = special_tokens(tokenizer)[0], answered[len(ids)]
-                prompts.append(Prompt([bos, *ids], len(head), answer, asked, about))
-    return prompts
-
-
-def ravel_pairs(prompts, known, attribute, most, rng):
-    """Pairs (base, source) of prompts where known (n,) -> (pairs, 2), whose entities differ in the
-    attribute. By turns: base asks for it, which shall change; for another, which shall not."""
-    value = np.array([str(p.facts.get(attribute)) for p in prompts])
-    answer = np.array([p.answer for p in prompts])
-    own = np.array([p.asked == attribute for p in prompts])
-    fits = (value[:, None] != value) & known[:, None] & (known & own)
-    changes = fits & own[:, None] & (answer[:, None] != answer)  # else no change could be seen
-    halves = [rng.permutation(np.argwhere(kind)) for kind in (changes, fits & ~own[:, None])]
-    m = min(most // 2, *map(len, halves))
-    return torch.from_numpy(np.stack([half[:m] for half in halves], 1).reshape(-1, 2))
-
-
-@torch.enable_grad()
-def train_mask(swap, pairs, expect, n_latents, rng):
-    """The latents (F,) bool whose swap gives the expected answers: swap(pairs, mask) are logits,
-    the mask is sigmoid(b / T) with T from 1 to 1e-4, in 2 epochs of Adam at 1e-3, batches of 32
-    (ours); then b > 0."""
-    b = torch.zeros(n_latents, device=expect.device, requires_grad=True)
-    adam = torch.optim.Adam([b], lr=1e-3)
-    epochs = (torch.from_numpy(rng.permutation(len(pairs))) for _ in range(2))
-    steps = [part for epoch in epochs for part in epoch.split(32)]
-    for part, T in zip(bar(steps, "ravel"), np.geomspace(1, 1e-4, len(steps)), strict=True):
-        loss = F.cross_entropy(swap(pairs[part], torch.sigmoid(b / T)), expect[part])
-        (b.grad,) = torch.autograd.grad(loss, b)  # the model and the SAE get none
-        adam.step()
-    return b.detach() > 0
-
-
-@torch.no_grad()
-def ravel(model, layer, sae, prompts, most=5000, seed=0):
-    """RAVEL (Huang et al. 2024, arXiv 2402.17700) by a learnt mask: at the entity's last token the
-    masked latents of a base prompt take their values in a source prompt, without error term. At
-    most `most` pairs an attribute, 70 % of them to train the mask. CannotRun
-
-    disentanglement_score: mean of cause and isolation; higher is better
-    cause_score: share of pairs about the attribute that then give the source's answer
-    isolation_score: share of pairs about other attributes that keep their own
-    latents: how many are swapped, mean over attributes
-    """
-    if not prompts:
-        raise CannotRun("it needs facts whose words end where tokens end: --ravel FILE.json")
-    ids = padded([p.ids for p in prompts], model.device)
-    at, last, answer = torch.tensor([(p.at, len(p.ids) - 1, p.answer) for p in prompts]).T
-    x = last_residuals(model, layer, [p.ids[: p.at + 1] for p in prompts])  # (n, D)
-
-    def ask(which, edit):  # -> logits of the next token (b, V)
-        logits = edited_logits(model, layer, ids[which], edit)
-        return logits[torch.arange(len(which)), last[which]].float()
-
-    def swap(pairs, mask):
-        base, source = pairs.T
-        f_base, f_source = sae.encode(x[base]), sae.encode(x[source])  # (b, F)
-        new = sae.decode(f_base + mask * (f_source - f_base))
-        where = torch.arange(len(base)), at[base]
-        return ask(base, lambda h: h.index_put(where, new.to(h.dtype)))
-
-    parts = torch.arange(len(ids)).split(64)
-    says = torch.cat([ask(part, lambda h: h).argmax(1).cpu() for part in parts])
-    known = (says == answer).numpy()
-    rng = np.random.default_rng(seed)
-    rows = {}
-    for attribute in dict.fromkeys(p.asked for p in prompts):
-        pairs = ravel_pairs(prompts, known, attribute, most, rng)
-        if len(pairs) >= 20:
-            n = int(0.7 * len(pairs))
-            changes = torch.arange(len(pairs)) % 2 == 0
-            expect = answer[torch.where(changes, pairs[:, 1], pairs[:, 0])]
-            mask = train_mask(swap, pairs[:n], expect[:n].to(x.device), len(sae.W_enc), rng)
-            says = torch.cat([swap(part, mask).argmax(1).cpu() for part in pairs[n:].split(64)])
-            right = (says == expect[n:]).double()
-            cause, isolation = (right[changes[n:] == kind].mean().item() for kind in (True, False))
-            row = dict(disentanglement_score=(cause + isolation) / 2, latents=int(mask.sum()))
-            rows[attribute] = row | dict(cause_score=cause, isolation_score=isolation)
-    if not rows:
-        raise CannotRun(f"the model answers {known.sum()} of {len(known)} prompts: too few")
-    return mean_of([*rows.values()]) | dict(prompts_known=int(known.sum()), details=rows)
-
-
-# -------------------------------------------------------------------------------------------------
-# Stability: is the core of a run still the core a training later, and that of another run?
-# -------------------------------------------------------------------------------------------------
+# ---- Stability: is the core of a run still the core a training later, and that of another run? --
 def cycles(run):
     """The SAE folders of a run folder, in order; none where it is no run."""
     numbers = [p.parent.name[5:] for p in Path(run).glob("cycle*/core.safetensors")]
     return [Path(run) / f"cycle{n}" for n in sorted(int(n) for n in numbers if n.isdigit())]
 
 
-def read_json(path, *needed):
-    """A JSON file, what is under "metadata" (of newer SAELens) among the rest. BadInput"""
-    try:
-        data = json.loads(Path(path).read_text())
-        data |= data.get("metadata") or {}
-        return data | {key: data[key] for key in needed}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        advice = "give another folder or file, or move this one away and train it again"
-        raise BadInput(f"{path}: must be JSON with {', '.join(needed)} ({e!r}): {advice}") from None
-
-
 def stability(folder):
-    """How the core chosen after a training, an SAE folder, overlaps with that before; and the
-    training's own figures. Exact: a core's rows are frozen, so an identity needs no matching.
-    CannotRun, BadInput
+    """The figures of a training, an SAE folder, and how the core chosen after it overlaps with that
+    before. Exact: a core's rows are frozen, an identity needs no matching. CannotRun, BadInput
 
-    core: latents of the core chosen after the training
+    core, new: latents of the core chosen after the training; those chosen for the first time
     kept, dropped: those of the core before that were chosen again, and that were not
-    new: those chosen for the first time
     jaccard: kept over all in either core; 1 is the same core
     identity_overlap: share of the core before that was kept
-    cycle, tokens, seconds, dead, ce, ce_recovered: of the training, as dmsae.py measured them
+    cycle, tokens, dead, ce, ce_recovered: of the training, as dmsae.py measured them
     """
-    if folder not in cycles(folder.parent):
+    if Path(folder) not in cycles(Path(folder).parent):
         raise CannotRun("the SAE is in no run folder of dmsae.py")
-    row = read_json(folder / "cfg.json", "result")["result"]
-    core, _ = load_core(folder / "core.safetensors")
+    with refusing(f"{folder}: is of no training of dmsae.py"):
+        row = read_json(f"{folder}/cfg.json")["metadata"]["result"]
+    core, _ = load_core(f"{folder}/core.safetensors")
     row["votes"] = Counter(sorted(core.votes.tolist()))
+    row["births"] = Counter(sorted(core.birth[:, 0].tolist()))
     row["jaccard"] = row["kept"] / (row["core"] + row["dropped"])
     return row | dict(identity_overlap=row["kept"] / max(1, row["kept"] + row["dropped"]))
 
@@ -765,9 +623,8 @@ def pw_mcc(a, b):
 
 def agreement(run_a, run_b, seed=0):
     """Whether the last SAEs of two runs have the same features: {set: PW-MCC of encoder and decoder
-    rows} of the cores, of as many latents drawn from prefix 0, and of prefix 0, core included; and
-    beside each, as _random, that of as many random directions and the second run's rows. why: a
-    figure of stability means nothing without these two baselines. BadInput"""
+    rows} of the cores, of as many latents drawn from prefix 0, and of prefix 0, core included; as
+    _random that of random directions and the second run's rows: the two are baselines. BadInput"""
     rng, sides, out = dmsae.generator(seed, "agreement"), [], {}
     for folder in cycles(run_a)[-1], cycles(run_b)[-1]:
         sae, (core, _) = load_sae(folder), load_core(folder / "core.safetensors")
@@ -784,9 +641,7 @@ def agreement(run_a, run_b, seed=0):
     return out
 
 
-# -------------------------------------------------------------------------------------------------
-# The table
-# -------------------------------------------------------------------------------------------------
+# ---- The table ----------------------------------------------------------------------------------
 FIRST = {  # what matters first: its name, and which way is better
     "core: l0": "L0, lower is better",
     "core: core_l0": "core L0",
@@ -826,28 +681,24 @@ def table(report, everything=False):
     if everything or len(rows) == 1:
         rows |= figures
     for name, values in rows.items():
-        cells = (
-            f"{v:.4g}" if isinstance(v, float) else str(v).replace("None", "-") for v in values
-        )
-        yield f"{name:38}" + "".join(f"  {cell:>26}" for cell in cells)
+        cells = [f"{v:.4g}" if isinstance(v, float) else v for v in values]
+        yield f"{name:38}" + "".join(f"  {'-' if v is None else v:>26}" for v in cells)
     for name, whys in reasons.items():
-        yield f"{name.replace('_', ' ')}: {'; '.join(dict.fromkeys(filter(None, whys)))}"
+        yield f"{name.removesuffix('_run')} run: {'; '.join(dict.fromkeys(filter(None, whys)))}"
     for pair, sets in report["agreement"].items():
         for name, row in sets.items():
             beside = f"decoder {row['decoder']:.3f}, random directions {row['decoder_random']:.3f}"
             yield f"PW-MCC of {pair}, {name} {row['n']}: {beside}"
 
 
-# -------------------------------------------------------------------------------------------------
-# The page: one file without network, which draws the report and the core's latents
-# -------------------------------------------------------------------------------------------------
+# ---- The page: one file without network, which draws the report and the core's latents ----------
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>dmsae</title>
 <meta name=viewport content="width=device-width,initial-scale=1"><style>
-body{font:16px/1.5 system-ui,sans-serif;margin:auto;max-width:70em;padding:1em;color:#222}
-h2{margin-top:2em}small{color:#666}figure{margin:0}svg{width:100%}text{font-size:11px;fill:#666}
+body{font:16px/1.5 system-ui;margin:auto;max-width:70em;padding:1em;color:#222}small{color:#666}
+h2{margin-top:2em}figure{margin:0}svg{width:100%;overflow:visible}text{font-size:11px;fill:#666}
 #first,#charts,#cards{display:grid;gap:1.5em;grid:auto/repeat(auto-fill,minmax(min(18em,100%),1fr))}
 article{border:1px solid #ddd;border-radius:.5em;padding:.8em;overflow-wrap:anywhere}
-article p{font:.8em/1.6 monospace;margin:.5em 0 0;white-space:pre-wrap}kbd{background:#eee}
+article p{font:.8em/1.6 monospace;margin:.5em 0 0;white-space:break-spaces}kbd{background:#eee}
 progress{width:3em}details{overflow-x:auto}td{padding-right:1em}:target{border-color:red}</style>
 <h1 id=title></h1><p id=about></p><div id=first></div><h2>The run</h2><div id=charts></div>
 <h2>The core's latents</h2><input id=find placeholder="filter, such as a token"> by <select id=by>
@@ -872,9 +723,9 @@ function chart(title, xName, yName, series, least = 0) {  // series: {name: [[x,
   const [across, xs] = axis(points.map(p => p[0]), 40, 320, least)
   const [down, ys] = axis(points.map(p => p[1]), 195, 5, 0)
   let key = "", svg = `<text x=180 y=226 text-anchor=middle>${xName}</text>`
-  svg += each(xs, x => `<text x=${across(x)} y=210 text-anchor=middle>${show(x)}</text>`)
+  svg += each(xs, x => `<text x=${across(x)} y=210 text-anchor=middle>${show(x, 6)}</text>`)
   svg += each(ys, y => `<path d="M40 ${down(y)}H320" stroke=#ddd></path>
-    <text x=34 y=${down(y) + 4} text-anchor=end>${show(y)}</text>`)
+    <text x=34 y=${down(y) + 4} text-anchor=end>${show(y, 6)}</text>`)
   Object.entries(series).forEach(([name, line], i) => {
     const colour = `hsl(${210 + 137 * i},60%,${40 + 12 * (i % 3)}%)`  // far from the one before
     const places = line.map(([x, y]) => [across(x), down(y)])
@@ -897,7 +748,7 @@ at("first").innerHTML = each(data.first, ([name, figure, values]) => {
 if (last) {
   const over = f => rows.map((row, t) => [t, f(row)]), born = {all: over(row => row.core)}
   const l0 = {core: over(row => row.core_l0), rest: over(row => row.l0 - row.core_l0)}, fvu = {}
-  for (const b in last.origins) born[`born in ${+b}`] = over(row => row.origins[b] ?? 0)
+  for (const b in last.births) born[`born in ${b}`] = over(row => row.births[b] ?? 0)
   for (const g in last.fvu) fvu[`prefix ${g}`] = over(row => row.fvu[g])
   const ce = rows.map((row, t) => [`training ${t}`, [[row.l0, row.ce_recovered]]])
   at("about").innerHTML = `After ${rows.length} trainings of ${show(last.tokens / 1e6, 3)} million
@@ -966,7 +817,8 @@ def core_page(model, tokenizer, ids, keep, folder, layer, sae):
     shown, acts, contexts = core["index"][:200], [], []
     for row in bar(ids.to(model.device), "page"):
         x = residual_stream(model, layer, row[None])[0].float()
-        acts.append(sae.encode(x, sae.widths[0])[:, shown].cpu())
+        pre = F.linear(x - sae.b_dec, sae.W_enc[shown], sae.b_enc[shown])
+        acts.append((pre.relu() * (pre > sae.threshold[shown])).cpu())  # (T, shown)
     for fired in (torch.stack(acts) * keep[..., None]).unbind(2):  # (R, T)
         peak, at = fired.max(1)
         contexts.append([])
@@ -988,13 +840,10 @@ def page(report, of_core):
     return PAGE.replace("DATA", json.dumps(data | of_core).replace("<", "\\u003c"))
 
 
-# -------------------------------------------------------------------------------------------------
-# The command line
-# -------------------------------------------------------------------------------------------------
-METRICS = "core absorption probing tpp scr ravel stability".split()
-# Of an SAE's Config what matters here: an older version has more
-NEEDED = "model layer k ctx batch tokens attribution_tokens device dataset text".split()
-NEEDED += ["text_column", "separator"]
+# ---- The command line ---------------------------------------------------------------------------
+METRICS = "core absorption probing tpp scr stability".split()
+NEEDED = "model layer k ctx batch tokens attribution_tokens device dataset text text_column".split()
+NEEDED += ["separator"]  # an older version's Config has more
 
 
 def parse(argv=None):
@@ -1010,7 +859,6 @@ def parse(argv=None):
     add("--device", default="auto", help="cuda, cuda:N or cpu (%(default)s)")
     add("--labelled", nargs="+", default=[], help=".csv or .jsonl files, for probing, tpp and scr")
     add("--columns", nargs="+", default=["text", "label"], help="of --labelled; scr needs a third")
-    add("--ravel", help="JSON file of entities and attributes, see `ravel_prompts`")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="all for tpp, scr; else the first")
     add("--all", action="store_true", help="print every figure; the JSON always has them")
     add("--html", action="store_true", help="also write a page with charts and the core's latents")
@@ -1025,17 +873,17 @@ def unit_rows(sae):
     """The same function with decoder rows of unit norm, in place."""
     norm = sae.requires_grad_(False).W_dec.norm(dim=1).clamp_min(1e-8)
     sae.W_dec /= norm[:, None]
-    sae.W_enc *= norm[:, None]
-    sae.b_enc *= norm
-    sae.threshold *= norm
+    for t in sae.W_enc.T, sae.b_enc, sae.threshold:
+        t *= norm
     return sae
 
 
 def read_cfg(folder):
-    """What an SAE's cfg.json says of its training: dmsae.py's settings, or SAELens's in their
-    names, and layer. BadInput"""
-    cfg = read_json(folder / "cfg.json", "hook_name")
-    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", str(cfg["hook_name"]))
+    """From an SAE's cfg.json, in dmsae.py's names: its layer, and how it was trained. BadInput"""
+    with refusing(f"{folder}: is no SAE folder"):
+        cfg = read_json(folder / "cfg.json")
+        cfg |= cfg.get("metadata") or {}  # older SAELens has all at the top
+        hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", str(cfg["hook_name"]))
     if not hook:
         raise BadInput(f"{folder}: {cfg['hook_name']}: hook_name must be blocks.N.hook_resid_post")
     known = dict(model=cfg.get("model_name"), ctx=cfg.get("context_size"))
@@ -1063,8 +911,7 @@ def load(args):
         known |= dict(text=None, dataset=f"{home}/tokens.bin")
     if args.text:
         known |= dict(text=args.text, separator=None, text_column=None)
-    (known["model"],) = models
-    known["device"] = args.device
+    known |= dict(model=models.pop(), device=args.device)
     cfg = Config(**{name: known[name] for name in NEEDED if known.get(name) is not None})
     dmsae.check(cfg)
     saes = [(f, c["layer"], unit_rows(load_sae(f, cfg.device))) for f, c in cfgs.items()]
@@ -1073,30 +920,20 @@ def load(args):
 
 def open_inputs(args, saes, cfg, home):
     """All that is measured with: model, tokenizer, contexts ids and keep (R, T), {labelled file:
-    (texts, labels, spurious)}, prompts of RAVEL; and a line that says what the text is. BadInput"""
+    (texts, labels, spurious)}; and a line that says what the text is. BadInput"""
     words = args.columns, args.tokens // 128, args.seeds[0]
     texts = {file: labelled(read_rows(file), *words) for file in args.labelled}
-    facts = dict(entities={}, templates={})
-    if args.ravel:
-        facts = read_json(args.ravel, *facts)
-    model, tokenizer = dmsae.load_model(cfg)
+    model, tokenizer, _ = dmsae.load_model(cfg)
     width, widths = model.config.get_text_config().hidden_size, {len(s.b_dec) for *_, s in saes}
     if widths != {width}:
         raise BadInput(f"--model {cfg.model}: is of width {width}, the SAEs are of {widths}")
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            text = dmsae.open_text(cfg, tokenizer, home or scratch)
-        except BadInput as e:
-            raise BadInput(f"{e}; give another --text, or move it away") from None
+        text = dmsae.open_text(cfg, model, tokenizer, home or scratch)
         most = text.n_eval if home else len(text.rows)
         ids, keep = text.contexts(slice(min(most, max(1, args.tokens // cfg.ctx))))
     source = "held out by the run" if home else f"first of {Path(cfg.text or cfg.dataset).name}"
     about = f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}"
-    try:
-        prompts = ravel_prompts(tokenizer, facts)
-    except (AttributeError, TypeError) as e:
-        raise BadInput(f"--ravel {args.ravel}: must be as `ravel_prompts` says ({e})") from None
-    return (model, tokenizer, ids, keep, texts, prompts), about
+    return (model, tokenizer, ids, keep, texts), about
 
 
 def free_path(args):
@@ -1114,7 +951,7 @@ def no_labels():
     raise CannotRun("it needs labelled texts: --labelled FILE.csv with columns text and label")
 
 
-def measures(args, model, tokenizer, ids, keep, texts, prompts, folder, layer, sae):
+def measures(args, model, tokenizer, ids, keep, texts, folder, layer, sae):
     """(name, function, its arguments) of each metric of an SAE."""
     at, seed = (model, layer), args.seeds[0]
     yield "core", core_metrics, *at, ids, keep, sae
@@ -1127,9 +964,6 @@ def measures(args, model, tokenizer, ids, keep, texts, prompts, folder, layer, s
         yield f"probing {file}", sparse_probing, X, A, labels, seed
         yield f"tpp {file}", tpp, X, A, labels, sae.W_dec, args.seeds
         yield f"scr {file}", scr, X, A, labels, spurious, sae.W_dec, args.seeds
-    pair = 1.7 * max((len(p.ids) for p in prompts), default=1)  # is read 2 x .7 + .3 times
-    most = args.tokens / pair / max(1, len({p.asked for p in prompts}))
-    yield "ravel", ravel, *at, sae, prompts, min(5000, int(most)), seed
     yield "stability", stability, folder
 
 
@@ -1157,11 +991,10 @@ def run(args):
                 dmsae.write_json(report, path)
     print(*table(report, args.all), f"written: {path}", sep="\n")
     if args.html:
-        last = saes[:2][-1]  # of the first run
+        last = [sae for sae in saes if sae[0].parent == saes[0][0].parent][-1]  # of the first run
         of_core = core_page(*inputs[:4], *last) if (last[0] / "core.safetensors").exists() else {}
-        with dmsae.written_whole(path.with_suffix(".html")) as part:
-            part.write_text(page(report, of_core))
+        path.with_suffix(".html").write_text(page(report, of_core))
 
 
 if __name__ == "__main__":
-    sys.exit(dmsae.main(name="eval", work=lambda argv: run(parse(argv))))
+    sys.exit(dmsae.main(name="eval", parse=parse, work=run))
