@@ -53,7 +53,7 @@ def refusing(what):
     try:
         yield
     except Exception as e:  # a dozen unrelated types: transformers', datasets', safetensors', ...
-        raise BadInput(f"{what} ({e if isinstance(e, BadInput) else repr(e)})") from None
+        raise BadInput(f"{what} ({e if isinstance(e, ValueError) else repr(e)})") from None
 
 
 @dataclass
@@ -135,11 +135,11 @@ def parse(argv=None):
 
 def check(cfg):
     """Refuse settings that cannot work, before anything is downloaded or trained. BadInput"""
-    cfg.widths()
-    k = 1, cfg.d_sae - 1, 1 + cfg.d_sae // 64
-    limits = dict(k=k, transfer_k=k, layer=(0, 10**4, 12), ctx=(4, 10**7, 128))
+    cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # is there room?
+    k = 1, cfg.d_sae - 1, 1
+    limits = dict(k=k, transfer_k=k, layer=(0, 999, 12), ctx=(4, 10**7, 128))
     limits |= dict(batch=(1, 10**9, 4096), tokens=(cfg.batch, 10**15, 1000 * cfg.batch))
-    limits |= dict(lr=(1e-9, math.inf, 3e-4), coverage=(1e-6, 1, 0.9))
+    limits |= dict(lr=(1e-9, 1e99, 3e-4), coverage=(1e-6, 1, 0.9), cycles=(0, 999, 5))
     for name, (low, high, works) in limits.items():
         for value in np.atleast_1d(getattr(cfg, name)):
             if not low <= value <= high:
@@ -147,8 +147,6 @@ def check(cfg):
                 raise BadInput(f"--{name.replace('_', '-')} {value}: {must}")
     if cfg.text and not (cfg.demo or Path(cfg.text).suffix in KINDS and Path(cfg.text).is_file()):
         raise BadInput(f"--text {cfg.text}: must be an existing file in {', '.join(KINDS)}")
-    if cfg.core and not Path(cfg.core).is_file():
-        raise BadInput(f"--core {cfg.core}: must be an existing core.safetensors")
     if Path(cfg.cache or ".").is_file():
         raise BadInput(f"--cache {cfg.cache}: must be a folder")
     with refusing(f"--device {cfg.device}: must be cpu, cuda or cuda:N"):
@@ -171,7 +169,7 @@ def documents(cfg):
     if cfg.text:  # escaped: else t[1].txt is a pattern
         source = dict(KINDS[Path(cfg.text).suffix], data_files=glob.escape(cfg.text))
     separator = (cfg.separator or "\0").replace("\\n", "\n")  # a shell's "\n" is two characters
-    with refusing(f"{cfg.text or cfg.dataset}: --text-column {cfg.text_column} holds no text"):
+    with refusing(f"{cfg.text or cfg.dataset}: gave no text from --text-column {cfg.text_column}"):
         for row in load_dataset(**source, split="train", streaming=True):
             for document in ("" + (row[cfg.text_column] or "")).split(separator):
                 yield from re.findall(r"(?s).{1,100000}(?=\s|$)|.{1,100000}", document)
@@ -181,10 +179,9 @@ def tokenize(docs, tokenizer, bos, limit, path, vocabulary):
     """Write docs (an iterator) as doc BOS doc BOS ... to path: at most `limit` int32 ids, below
     `vocabulary`. What a broken stream left is kept, and so many documents are skipped. BadInput"""
     with written_whole(path) as part, open(part, "ab") as f:
-        there = np.fromfile(part, np.int32)
-        f.truncate(there.nbytes)
-        limit -= len(there)
-        for _ in range((there == bos).sum()):
+        ends = np.flatnonzero(np.fromfile(part, np.int32) == bos) + 1  # of whole documents
+        limit -= f.truncate(4 * max(ends, default=0)) // 4
+        for _ in ends:
             next(docs, None)
         while limit > 0 and (some := list(itertools.islice(docs, 32))):
             ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
@@ -252,9 +249,8 @@ def open_text(cfg, model, tokenizer, folder):
 # ---- The language model: read a layer, replace a layer ------------------------------------------
 def load_model(cfg):
     """The frozen language model, its tokenizer, and the fingerprint of `probe`. BadInput"""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, utils
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    utils.logging.disable_progress_bar()  # of loading, not of downloads
     words = dict(dtype=torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32)
     advice = "try --demo, or accept its licence on huggingface.co and run `hf auth login`"
     with refusing(f"--model {cfg.model}: cannot be used; if it was not found, {advice}"):
@@ -272,18 +268,18 @@ def load_model(cfg):
 
 @torch.no_grad()
 def probe(model, tokenizer, layer, ctx):
-    """Refuse a model that cannot be read, by two contexts whose last tokens differ. Returns its
+    """Refuse a model that cannot be read, by two contexts whose last halves differ. Returns its
     fingerprint (D,): the layer's output at the end of a sentence. BadInput"""
     sentence = tokenizer("What is useful again and again stays.")["input_ids"][:ctx]
     ids = torch.tensor(sentence, device=model.device).repeat(2, ctx)[:, :ctx]
-    ids[1, -1] = ids[1, -2]
+    ids[1, ctx // 2 :] = ids[1, 0]
     x = residual_stream(model, layer, ids)
     shape = 2, ctx, model.config.get_text_config().hidden_size
     if x.shape != shape:
         raise BadInput(f"layer {layer} gives {tuple(x.shape)}, not {shape}")
     if not spliced_loss(model, layer, ids, ids >= 0, lambda x: x).isfinite():
         raise BadInput("its loss is not finite")
-    if not torch.allclose(x[0, :-1], x[1, :-1], 0.05, 0.05 * x.std().item()):
+    if not torch.allclose(*x[:, : ctx // 2], 0.05, 0.05 * x.std().item()):
         raise BadInput("a token changes the layer's output before it: no causal language model")
     return x[0, len(sentence) - 1].tolist()
 
@@ -446,7 +442,7 @@ class MatryoshkaSAE(nn.Module):
         so that the *total* L0 stays k wherever the core leaves room (our reading)."""
         B, E = len(pre), self.n_exempt
         for share in (0.95, 0.7, 0.0):  # a guess spares sorting B x F; 0 takes all positive
-            bound = self.threshold.clone()
+            bound = self.threshold.clamp_min(0)
             bound[E:] = share * bound[E:].amax().clamp_min(0)
             row, col = (pre > bound).nonzero(as_tuple=True)
             exempt = col < E
@@ -743,7 +739,10 @@ def save_tensors(tensors, path, **meta):
 
 def load_tensors(path, kind=dict):
     """Tensors, as dict or another `kind`, and metadata of save_tensors. BadInput"""
-    with refusing(f"{path}: is damaged or foreign; move it away"), safe_open(path, "pt") as f:
+    with (
+        refusing(f"{path}: is missing, damaged or foreign; move it away (a training: its folder)"),
+        safe_open(path, "pt") as f,
+    ):
         tensors = kind(**{name: f.get_tensor(name) for name in f.keys()})
         return tensors, json.loads(f.metadata()["dmsae"])
 
@@ -829,6 +828,9 @@ def prepare(cfg, model, tokenizer, fingerprint):
     if (out / "config.json").exists():
         old = read_json(out / "config.json")
     differ = [f"{n} {old.get(n)} there, {new[n]} here" for n in new if old.get(n) != new[n]]
+    if not same_model(old.get("fingerprint", []), fingerprint):
+        differ.append(f"another model or tokenizer behind {cfg.model}")
+    new["fingerprint"] = fingerprint
     if differ and (out / "tokens.bin").exists():
         raise BadInput(f"--out {out}: holds a run with other settings ({'; '.join(differ)})")
     if differ:
@@ -839,6 +841,8 @@ def prepare(cfg, model, tokenizer, fingerprint):
         (ids, keep), _ = text.held_out()
         some = text.block(0, math.ceil(65536 / cfg.ctx), cfg.seed)  # 65,536 tokens: our choice
         x = harvest(model, cfg.layer, *some).float()
+        if not x.isfinite().all():
+            raise BadInput(f"--model {cfg.model}: gives nan or inf")
         ratio = x.norm(dim=1) / x.norm(dim=1).median()
         if len(x) and ratio.max() > 10:
             share = f"{(ratio > 10).float().mean():.2%} of tokens"
@@ -850,8 +854,6 @@ def prepare(cfg, model, tokenizer, fingerprint):
             fingerprint=fingerprint,
         )
         write_json(old := new, out / "config.json")
-    if not same_model(old["measured"]["fingerprint"], fingerprint):
-        raise BadInput(f"--out {out}: holds a run of another model of the name {cfg.model}")
     return SimpleNamespace(cfg=cfg, model=model, text=text, **old["measured"])
 
 
@@ -894,12 +896,12 @@ def print_table(rows, core):
 def distil(cfg):
     """A whole run, from wherever OUT has it: trainings 0..cycles, then transfers of the core."""
     check(cfg)
-    if ":" in cfg.device:
+    if "cuda:" in cfg.device:
         torch.cuda.set_device(cfg.device)
     out, rows = Path(cfg.out), []
     if cfg.model == f"{cfg.out}/model" and not Path(cfg.model).exists():
         build_demo(Path(cfg.model))
-    print(f"dmsae | {cfg.model} layer {cfg.layer} | {cfg.device} | {out}", flush=True)
+    print(f"dmsae | {cfg.model} layer {cfg.layer} | {cfg.device} | {out}")
     model, tokenizer, fingerprint = load_model(cfg)
     core, before = Core(torch.zeros(0, len(fingerprint))), 0
     if cfg.core:
@@ -910,7 +912,6 @@ def distil(cfg):
             raise BadInput(f"--core {cfg.core}: {width}")
         if not same_model(origin.get("fingerprint", fingerprint), fingerprint):
             print(f"warning: --core {cfg.core} is of another model, tokenizer or layer")
-        cfg.widths(len(core.W_enc))  # is there room for it?
     run = prepare(cfg, model, tokenizer, fingerprint)
     for n, k in enumerate([cfg.k] * (cfg.cycles + 1) + [*cfg.transfer_k]):
         label = n if n <= cfg.cycles else f"{cfg.cycles}_k{k}"

@@ -773,6 +773,18 @@ def test_a_vision_tower_is_not_the_language_model():
     assert id(dmsae.decoder_layers(model)) in inside
 
 
+def test_nan_at_some_tokens_is_refused_and_can_be_mended(lm, tmp_path, capsys, monkeypatch):
+    """What the probe does not see must be seen before anything not finite is in config.json."""
+    words, harvest = command(lm, tmp_path / "out", cycles=0), dmsae.harvest
+    monkeypatch.setattr(
+        dmsae, "harvest", lambda *at: harvest(*at).index_fill(0, torch.tensor([5]), math.nan)
+    )
+    assert "nan or inf" in refusal(capsys, words)
+    assert "measured" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    monkeypatch.undo()
+    assert dmsae.main(words) == 0
+
+
 def test_nan_in_the_weights_is_refused_before_the_text_is_read(lm, tmp_path, capsys):
     """Also behind the layer that is read; mended, the same command must go through."""
     shutil.copytree(lm, tmp_path / "lm")
@@ -924,6 +936,39 @@ def test_tokenizing_goes_on_where_a_stream_broke_off(lm, tmp_path):
     dmsae.tokenize(stream(200), counting, 2, 10**6, tmp_path / "broken", 10**6)
     assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
     assert len(asked) == 200
+
+
+@pytest.mark.parametrize("left", [1, 7, 402])
+def test_half_a_document_is_not_kept(lm, tmp_path, left):
+    """As a full disk leaves the file: what comes out must be what one whole start writes."""
+    from transformers import AutoTokenizer
+
+    tokenizer, docs = AutoTokenizer.from_pretrained(lm), [f"cat {i} dog sat" for i in range(90)]
+    dmsae.tokenize(iter(docs), tokenizer, 2, 10**6, tmp_path / "whole", 10**6)
+    whole = (tmp_path / "whole").read_bytes()
+    (tmp_path / "broken.part").write_bytes(whole[:left])
+    dmsae.tokenize(iter(docs), tokenizer, 2, 10**6, tmp_path / "broken", 10**6)
+    assert (tmp_path / "broken").read_bytes() == whole
+
+
+def test_what_another_tokenizer_left_is_not_continued(lm, tmp_path, capsys):
+    """A start that ended in the text, then another tokenizer: a fresh run's text must come out."""
+    shutil.copytree(lm, tmp_path / "lm")
+    rows = [json.dumps(dict(text=f"cat {i} dog sat")) for i in range(2000)]
+    (tmp_path / "t.jsonl").write_text("\n".join([*rows[:900], '{"text": 7}', *rows]))
+    words = command(tmp_path / "lm", tmp_path / "a", text=tmp_path / "t.jsonl", separator=None)
+    assert "no text" in refusal(capsys, words)
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    path = tmp_path / "lm" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocab = data["model"]["vocab"]
+    vocab["s"], vocab["n"] = vocab["n"], vocab["s"]
+    path.write_text(json.dumps(data))
+    for out in ("a", "b"):
+        words = command(tmp_path / "lm", tmp_path / out, text=tmp_path / "t.jsonl", separator=None)
+        assert dmsae.main([*words, "--cycles", "0", "--tokens", "128"]) == 0
+    a, b = ((tmp_path / out / "tokens.bin").read_bytes() for out in ("a", "b"))
+    assert a == b
 
 
 def test_ids_beyond_the_embedding_are_refused(lm, tmp_path, capsys):
@@ -1798,7 +1843,7 @@ def test_a_damaged_block_is_refused(lm, filled, tmp_path, capsys, damage):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(k=128), ["--k 128", "from 1 to 127", "for example 3"]),
+        (dict(k=128), ["--k 128", "from 1 to 127", "for example 1"]),
         (dict(k=0), ["--k 0", "from 1"]),
         (dict(coverage=0), ["--coverage 0", "to 1", "0.9"]),
         (dict(coverage=1.5), ["--coverage 1.5", "to 1", "0.9"]),
@@ -1807,7 +1852,9 @@ def test_a_damaged_block_is_refused(lm, filled, tmp_path, capsys, damage):
         (dict(layer=-1), ["--layer -1", "from 0"]),
         (dict(text="no.txt"), ["--text no.txt", "existing file"]),
         (dict(text=__file__), ["--text", ".py", ".txt, .jsonl, .parquet"]),
-        (dict(core="no.safetensors"), ["--core no.safetensors", "existing core.safetensors"]),
+        (dict(core="no.safetensors"), ["no.safetensors: is missing, damaged or foreign"]),
+        (dict(cycles=-1), ["--cycles -1", "from 0", "5"]),
+        (dict(lr="inf"), ["--lr inf", "0.0003"]),
         (dict(tokens=5), ["--tokens 5", "from 128", "128000"]),
         (dict(batch=0), ["--batch 0", "4096"]),
         (dict(batch=-128), ["--batch -128", "4096"]),
