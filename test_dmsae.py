@@ -1852,7 +1852,7 @@ def test_a_damaged_block_is_refused(lm, filled, tmp_path, capsys, damage):
         (dict(layer=-1), ["--layer -1", "from 0"]),
         (dict(text="no.txt"), ["--text no.txt", "existing file"]),
         (dict(text=__file__), ["--text", ".py", ".txt, .jsonl, .parquet"]),
-        (dict(core="no.safetensors"), ["no.safetensors: is missing, damaged or foreign"]),
+        (dict(core="no.safetensors"), ["no.safetensors: is damaged or foreign"]),
         (dict(cycles=-1), ["--cycles -1", "from 0", "5"]),
         (dict(lr="inf"), ["--lr inf", "0.0003"]),
         (dict(tokens=5), ["--tokens 5", "from 128", "128000"]),
