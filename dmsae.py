@@ -739,10 +739,7 @@ def save_tensors(tensors, path, **meta):
 
 def load_tensors(path, kind=dict):
     """Tensors, as dict or another `kind`, and metadata of save_tensors. BadInput"""
-    with (
-        refusing(f"{path}: is damaged or foreign; move it away"),
-        safe_open(path, "pt") as f,
-    ):
+    with refusing(f"{path}: is damaged or foreign; move it away"), safe_open(path, "pt") as f:
         tensors = kind(**{name: f.get_tensor(name) for name in f.keys()})
         return tensors, json.loads(f.metadata()["dmsae"])
 
