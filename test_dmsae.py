@@ -3366,8 +3366,8 @@ def test_load_sae_pastes(story):
 
 def readme_commands():
     """Every command in README.md's plain blocks, as words, comments left out."""
-    blocks = re.findall(r"(?ms)^```\n(.*?)^```$", (HERE / "README.md").read_text())
-    lines = [line for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", (HERE / "README.md").read_text())
+    lines = [line for kind, block in blocks if not kind for line in block.splitlines()]
     starts = "python ", "pip "
     commands = [part for line in lines if line.startswith(starts) for part in line.split("&&")]
     return [shlex.split(command, comments=True) for command in commands]
@@ -3383,6 +3383,50 @@ def test_readme_commands_parse():
         {"dmsae.py": dmsae.parse, "eval.py": ev.parse}[words[script]](words[script + 1 :])
         seen[words[script]] += 1
     assert seen["dmsae.py"] >= 7 and seen["eval.py"] >= 2
+
+
+def test_commands_of_the_evidence_parse(tmp_path):
+    """The README's shell blocks, run with a `python` that only writes down what it is given."""
+    stub = "python() {{ printf '%s\\0' \"$@\" END >> {0}; echo 0.1 0.2 0.3 0.4; }}\n"
+    readme = (HERE / "README.md").read_text()
+    blocks = re.findall(r"(?ms)^```sh\n(.*?)^```$", readme)
+    script = stub.format(tmp_path / "log") + "\n".join(blocks)
+    subprocess.run(["bash", "-euc", script], check=True, capture_output=True, cwd=tmp_path)
+    calls = (tmp_path / "log").read_text().split("END\0")[:-1]
+    commands = [call.split("\0")[:-1] for call in calls]
+    runs = [dmsae.parse(words[1:]) for words in commands if words[0] == "dmsae.py"]
+    assert len(runs) > 50
+    assert {words[0] for words in commands} == {"dmsae.py", "evidence.py"}
+    assert {cfg.seed for cfg in runs} == {*range(5)}
+    given = {cfg.core for cfg in runs if cfg.core}
+    outs = {cfg.out for cfg in runs}
+    made = {words[3] for words in commands if words[:2] == ["evidence.py", "unit"]}
+    assert all(core in made or str(Path(core).parents[1]) in outs for core in given)
+
+
+def test_the_evidences_scripts_run(story, tmp_path, monkeypatch, capsys):
+    """evidence.py must give prefixes as wide, a core of random directions, and a row."""
+    (code,) = re.findall(r"(?ms)^```py\n(.*?)^```$", (HERE / "README.md").read_text())
+    scope = dict(__name__="evidence")
+    exec(code, scope)
+    scope["wide"](story / "cycle3")
+    shares = capsys.readouterr().out.split()
+    sae = load_sae(story / "cycle3")
+    assert Config(d_sae=128, prefixes=[*map(float, shares)]).widths() == sae.widths
+    scope["unit"](story / "cycle0", tmp_path / "core.safetensors")
+    core, _ = dmsae.load_core(tmp_path / "core.safetensors")
+    old, _ = dmsae.load_core(story / "cycle0" / "core.safetensors")
+    assert torch.allclose(core.W_enc.norm(dim=1), old.W_enc.norm(dim=1), rtol=1e-4)
+    assert F.cosine_similarity(core.W_enc, old.W_enc).abs().mean() < 0.4
+    capsys.readouterr()
+    (tmp_path / "runs").mkdir()
+    for seed in (0, 1):
+        os.symlink(story, tmp_path / "runs" / f"a_{seed}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", ["a 3 core fvu0 width0"])
+    scope["table"]()
+    row = capsys.readouterr().out
+    assert f"{result(story, 3)['core']} ± 0 |" in row and "2 seeds" in row
 
 
 def test_readme_line_counts_are_true():
