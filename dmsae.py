@@ -3,16 +3,17 @@
     core = nothing
     for n in 0 .. cycles:         # training 0 has no core: the plain Matryoshka BatchTopK baseline
         sae   = a Matryoshka BatchTopK SAE trained from scratch, its first latents the frozen core
-        score = mean |activation x gradient| of each latent of core + prefix 0, where the gradient
-                is that of the next-token loss at the narrowest nested reconstruction
-        core  = the smallest set of latents that holds 90 % of the score; its encoder rows travel
+        score = mean |activation x gradient| of each latent of prefix 0, the core included; the
+                gradient is that of the next-token loss at the narrowest nested reconstruction
+        core  = the fewest latents that hold 90 % of the score; their encoder rows travel
 
     python dmsae.py --demo                 # in miniature: no network, no GPU, a few minutes
     python dmsae.py --cycles 5 --k 64      # Gemma-2-2B, layer 12, 65,536 latents, one GPU
 
-For the method alone read `MatryoshkaSAE`, `loss_and_grad`, `train`, `attribute`, `select_core`,
-`new_sae`, `distil`. Shapes: B tokens in a batch, T in a context, R contexts, D d_model, F latents,
-G nested prefixes, C core latents, M in core and prefix 0; a row of W_enc, W_dec (F, D) per latent.
+For the method read `MatryoshkaSAE`, `loss_and_grad`, `update`, `train`, `attribute`, `select_core`,
+`next_core`, `new_sae`, `distil`. Shapes: B tokens in a batch, T in a context, R contexts, D its
+width, F latents, G nested prefixes, C core latents, M in prefix 0, core included; W_enc, W_dec
+(F, D): one row per latent.
 """
 
 import argparse
@@ -74,7 +75,7 @@ class Config:
     batch: int = 4096  # tokens per training step
     lr: float = 3e-4  # peak learning rate of Adam
     cycles: int = 5  # trainings with a core, after the plain training 0
-    core_sparsity: Literal["gated", "dynamic", "exempt", "compete"] = "gated"  # see `new_sae`
+    core_sparsity: Literal["gated", "dynamic", "exempt", "compete"] = "gated"  # when the core is on
     coverage: float = 0.9  # share of the attribution that the core must hold
     select: Literal["attribution", "frequency", "random"] = "attribution"  # the core, or controls
     attribution_tokens: int = 1_000_000  # held-out tokens for attribution
@@ -136,7 +137,7 @@ def parse(argv=None):
 def check(cfg):
     """Refuse settings that cannot work, before anything is downloaded or trained. BadInput"""
     cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # is there room?
-    k = 1, cfg.d_sae - 1, 1
+    k = 1, cfg.d_sae - 1, 1  # lowest, highest, one that works
     limits = dict(k=k, transfer_k=k, layer=(0, 999, 12), ctx=(4, 10**7, 128))
     limits |= dict(batch=(1, 10**9, 4096), tokens=(cfg.batch, 10**15, 1000 * cfg.batch))
     limits |= dict(lr=(1e-9, 1e99, 3e-4), coverage=(1e-6, 1, 0.9), cycles=(0, 999, 5))
@@ -161,7 +162,7 @@ def generator(*key):
 # ---- Text: documents -> one stream of token ids on disk -> contexts -----------------------------
 def documents(cfg):
     """Yield the documents of --text or --dataset in pieces of at most 100,000 characters, cut at
-    white space: then a long one is not tokenised whole. BadInput where it is no text."""
+    white space, so that no long one is tokenised whole. BadInput where it is no text."""
     from datasets import load_dataset
 
     path, _, name = cfg.dataset.partition(":")
@@ -177,7 +178,7 @@ def documents(cfg):
 
 def tokenize(docs, tokenizer, bos, limit, path, vocabulary):
     """Write docs (an iterator) as doc BOS doc BOS ... to path: at most `limit` int32 ids, below
-    `vocabulary`. What a broken stream left is kept, and so many documents are skipped. BadInput"""
+    `vocabulary`. Resumes: whole documents in path.part stay, as many are skipped. BadInput"""
     with written_whole(path) as part, open(part, "ab") as f:
         ends = np.flatnonzero(np.fromfile(part, np.int32) == bos) + 1  # of whole documents
         limit -= f.truncate(4 * max(ends, default=0)) // 4
@@ -204,7 +205,7 @@ class Text:
     n_attribution: int
 
     def contexts(self, places):
-        """Contexts at `places`: ids (R, T), BOS first; keep (R, T), where the SAE reads, writes."""
+        """Contexts at `places`: ids (R, T), BOS first; keep (R, T), where the SAE works."""
         ids = torch.from_numpy(self.rows[places].astype(np.int64))
         ids = F.pad(ids, (1, 0), value=self.bos)
         return ids, ~torch.isin(ids, self.special)
@@ -248,7 +249,7 @@ def open_text(cfg, model, tokenizer, folder):
 
 # ---- The language model: read a layer, replace a layer ------------------------------------------
 def load_model(cfg):
-    """The frozen language model, its tokenizer, and the fingerprint of `probe`. BadInput"""
+    """The frozen language model, its tokenizer, and the fingerprint of `check_model`. BadInput"""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     words = dict(dtype=torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32)
@@ -263,13 +264,13 @@ def load_model(cfg):
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         model = AutoModelForCausalLM.from_pretrained(cfg.model, **words)
         model = model.to(cfg.device).eval().requires_grad_(False)
-        return model, tokenizer, probe(model, tokenizer, cfg.layer, cfg.ctx)
+        return model, tokenizer, check_model(model, tokenizer, cfg.layer, cfg.ctx)
 
 
 @torch.no_grad()
-def probe(model, tokenizer, layer, ctx):
-    """Refuse a model that cannot be read, by two contexts whose last halves differ. Returns its
-    fingerprint (D,): the layer's output at the end of a sentence. BadInput"""
+def check_model(model, tokenizer, layer, ctx):
+    """Refuse a model that is not finite or not causal, by two contexts whose last halves differ.
+    Returns its fingerprint (D,): the layer's output at the end of a sentence. BadInput"""
     sentence = tokenizer("What is useful again and again stays.")["input_ids"][:ctx]
     ids = torch.tensor(sentence, device=model.device).repeat(2, ctx)[:, :ctx]
     ids[1, ctx // 2 :] = ids[1, 0]
@@ -327,7 +328,7 @@ def residual_stream(model, layer, ids):
 def harvest(model, layer, ids, keep):
     """Residual stream of ids (R, T) where keep (R, T): (tokens, D), in the model's dtype."""
     parts = in_parts(model, ids, keep, 4096)
-    return torch.cat([residual_stream(model, layer, i)[k] for i, k in parts])
+    return torch.cat([residual_stream(model, layer, ids)[keep] for ids, keep in parts])
 
 
 def spliced_loss(model, layer, ids, keep, replace):
@@ -375,7 +376,7 @@ def segment_sum(table, index, weight, segment, n_segments):
 
 class EncodeAt(torch.autograd.Function):
     """((x - b_dec) W_enc^T + b_enc)[row, col]: (n,), equal to acts.value, which was computed so.
-    Its gradients are those of dense autograd; there is just no B x F tensor among them."""
+    W_enc, b_enc, b_dec get dense autograd's gradients, without a B x F tensor; x gets none."""
 
     @staticmethod
     def forward(ctx, W_enc, b_enc, b_dec, x, acts):
@@ -421,7 +422,7 @@ class MatryoshkaSAE(nn.Module):
         self.register_buffer("edges", torch.tensor(self.widths), persistent=False)
 
     def encode(self, x, width=None):
-        """Activations at inference of the first `width` latents: x (B, D) -> (B, width). why a
+        """Activations at inference of the first `width` latents: x (B, D) -> (B, width). By a
         threshold: the B*k largest of a batch depend on its other tokens, a fixed cut does not."""
         if x.ndim != 2:
             raise ValueError(f"x must be (tokens, D), not {tuple(x.shape)}: try x.flatten(0, -2)")
@@ -441,13 +442,13 @@ class MatryoshkaSAE(nn.Module):
         Exempt latents take what they need. The others share what is left of B*k, at least B*floor,
         so that the *total* L0 stays k wherever the core leaves room (our reading)."""
         B, E = len(pre), self.n_exempt
-        for share in (0.95, 0.7, 0.0):  # a guess spares sorting B x F; 0 takes all positive
+        for share in (0.95, 0.7, 0.0):  # of the threshold: spares sorting B x F; 0: all above 0
             bound = self.threshold.clamp_min(0)
             bound[E:] = share * bound[E:].amax().clamp_min(0)
             row, col = (pre > bound).nonzero(as_tuple=True)
             exempt = col < E
-            n_exempt = int(exempt.sum()) if E else 0
-            n_keep = max(B * k, n_exempt + B * floor)
+            taken = int(exempt.sum()) if E else 0
+            n_keep = max(B * k, taken + B * floor)
             if len(row) >= n_keep:
                 break
         value = pre[row, col]
@@ -470,7 +471,7 @@ class MatryoshkaSAE(nn.Module):
 
 def nested_loss(x, x_hats):
     """Sum over prefixes of ||x - x_hat||^2, mean over tokens, over G * D (ours: then it starts near
-    1, and AuxK and the gradient clip weigh the same for all G, D). x (B, D), x_hats (B, G, D)"""
+    1; dead-latent loss and clip then weigh the same for all G, D). x (B, D), x_hats (B, G, D)"""
     return F.mse_loss(x_hats, x[:, None].expand_as(x_hats))
 
 
@@ -490,10 +491,10 @@ def loss_and_grad(sae, x, k, floor=1, dead=()):
     value = EncodeAt.apply(sae.W_enc, sae.b_enc, sae.b_dec, x, acts)
     x_hats = nested_decode(acts._replace(value=value), sae.W_dec, sae.b_dec, sae.edges, len(x))
     loss = nested_loss(x, x_hats)
-    if len(dead):  # rows of these alone: spares a second set of F x D grads
+    if len(dead):  # autograd over their rows alone: no second F x D gradient
         acts_dead = pre.index_select(1, dead)  # (B, d), of which a token keeps the D/2 largest
         top = acts_dead.topk(min(x.shape[1] // 2, len(dead)), sorted=False).values
-        off = acts_dead < top.amin(1, True).clamp_min(1e-30)
+        off = acts_dead < top.amin(1, True).clamp_min(1e-30)  # or not positive
         acts_dead.masked_fill_(off, 0).requires_grad_()
         W_dead = sae.W_dec.detach()[dead].requires_grad_()
         aux = dead_latent_loss(x - x_hats[:, -1].detach(), acts_dead, W_dead)
@@ -512,11 +513,11 @@ def loss_and_grad(sae, x, k, floor=1, dead=()):
 @torch.no_grad()
 def update(sae, adam, lr):
     """One optimiser step: the core's encoder rows stay; decoder rows keep unit norm."""
-    sae.W_enc.grad[: sae.n_core] = 0  # Adam then leaves these rows as they are, bit by bit
+    sae.W_enc.grad[: sae.n_core] = 0  # Adam without weight decay then keeps them bit for bit
     g, W = sae.W_dec.grad, sae.W_dec
-    # why: along a unit row the gradient works against the norm alone, and fills Adam's moments
+    # The part of g along its unit row only changes the norm, which is undone: keep it out of Adam.
     g.addcmul_(W, torch.linalg.vecdot(g, W)[:, None], value=-1)
-    nn.utils.clip_grad_norm_(sae.parameters(), 1.0)  # the SAEBench suite's
+    nn.utils.clip_grad_norm_(sae.parameters(), 1.0)  # as SAEBench's own trainings
     adam.param_groups[0]["lr"] = lr
     adam.step()
     adam.zero_grad()
@@ -555,11 +556,11 @@ def batches(run, training, block=0, start=0):
 
 @torch.no_grad()
 def new_sae(cfg, core, x, scale, training):
-    """A fresh SAE around the core's encoder rows; b_dec starts as the mean of x (B, D). why only
-    they travel (the paper): a latent that is useful again has proved it among new neighbours. By
-    cfg.core_sparsity, a core latent is on
+    """A fresh SAE around the core's encoder rows; b_dec starts as the mean of x (B, D). All else
+    starts anew (the paper; ours: not the gates): what is selected again has proved useful among new
+    neighbours. By cfg.core_sparsity, a core latent is on
     dynamic  (the paper) where its pre-activation is above 0; the others share what is left of k
-    exempt   (its first version) the same, but the others share k
+    exempt   (arXiv v1) the same, but the others share k
     gated    (ours) above its gate, set as at birth (b_enc then trains on); else as dynamic
     compete  where BatchTopK keeps it, like any other latent"""
     C = len(core.W_enc)
@@ -602,7 +603,7 @@ def train(run, core, k, training, path):
         state[name].copy_(t)
     floor = k if cfg.core_sparsity == "exempt" else max(1, k // 10)  # k/10: our choice
     dead_after = min(10_000_000, cfg.tokens // 10)  # tokens: Gao et al. 2024; the tenth is ours
-    tqdm.write("   step     loss      l0    core   dead  seconds")
+    tqdm.write("   step     loss      l0 core l0   dead  seconds")
     for step in tqdm(range(at["step"] + 1, steps + 1), path.stem, disable=None):
         dead = (since >= dead_after).nonzero()[:, 0]
         loss, acts, cut = loss_and_grad(sae, x, k, floor, dead)
@@ -641,10 +642,10 @@ def evaluate(sae, x):
 
 
 def attribute(model, layer, ids, keep, sae):
-    """Attribution of each latent of core and prefix 0, and its share of tokens: (M,), (M,).
-    The layer's output is replaced by the narrowest nested reconstruction x_hat, and latent i is
-    worth a_i = f_i <dLoss / dx_hat, W_dec_i> at a token, where f_i is its activation; its score is
-    the mean of |a_i|. why the narrowest (the paper): the core shall do without finer latents."""
+    """Score of each latent of prefix 0, core included; and share of tokens it is on: (M,), (M,).
+    The layer's output is replaced by the narrowest nested reconstruction x_hat (the paper: the core
+    shall do without finer latents); latent i is worth a_i = f_i <dLoss / dx_hat, W_dec_i> at a
+    token, where f_i is its activation; its score is the mean of |a_i|. sae: of raw activations."""
     W_dec = sae.W_dec[: sae.widths[0]].detach()  # (M, D)
     n, score, on = keep.sum().item(), 0, 0
     acts = x_hat = None
@@ -668,10 +669,10 @@ def attribute(model, layer, ids, keep, sae):
 def select_core(scores, coverage):
     """The fewest latents that hold `coverage` of the total score, best first: (M,) -> (C,)."""
     value, order = scores.double().sort(descending=True, stable=True)
-    share = value.cumsum(0)  # rises to the total
-    if not 0 < share[-1] < math.inf:
-        raise BadInput(f"no core can be selected: the scores sum to {share[-1]}; try more --tokens")
-    return order[: int((share < coverage * share[-1]).sum()) + 1]  # + 1: the one that crosses
+    held = value.cumsum(0)  # rises to the total
+    if not 0 < held[-1] < math.inf:
+        raise BadInput(f"no core can be selected: the scores sum to {held[-1]}; try more --tokens")
+    return order[: int((held < coverage * held[-1]).sum()) + 1]  # + 1: the one that crosses
 
 
 @dataclass
@@ -685,7 +686,7 @@ class Core:
     votes: torch.Tensor = torch.zeros(0).long()  # (C,) how many trainings selected it
     score: torch.Tensor = torch.zeros(0)  # (C,) attribution, at the last selection
     density: torch.Tensor = torch.zeros(0)  # (C,) the share of tokens on which it was on
-    index: torch.Tensor = torch.zeros(0).long()  # (C,) its row in that SAE
+    index: torch.Tensor = torch.zeros(0).long()  # (C,) its row in the SAE of the last selection
 
 
 @torch.no_grad()
@@ -817,7 +818,7 @@ def build_demo(folder, steps=3000):
 # ---- The distillation cycles --------------------------------------------------------------------
 def prepare(cfg, model, tokenizer, fingerprint):
     """What all trainings share. scale: of scale * x the mean variance is 1; ce_original, ce_zero:
-    held-out loss, nats a token, as it is; layer zeroed, BOS too. BadInput where OUT is another's"""
+    held-out loss, nats a token, as it is; layer zeroed, also at BOS. BadInput: OUT is another's"""
     out, old, new = Path(cfg.out), {}, json.loads(json.dumps(asdict(cfg)))
     for name in "device out checkpoint_minutes cycles transfer_k cache".split():
         del new[name]  # these change no training
@@ -882,7 +883,7 @@ def finish(run, core, sae, dead, training, label):
 
 def print_table(rows, core):
     """A row for each training; and how often the core's latents were selected."""
-    print("cycle     core   kept    new dropped      l0    core  ce recovered    dead  fvu")
+    print("cycle     core   kept    new dropped      l0 core l0  ce recovered    dead  fvu")
     row = "{cycle!s:8s}{core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:7.1f}"
     row += "{ce_recovered:14.4f} {dead:7.1%} "
     for r in rows:
@@ -900,7 +901,7 @@ def distil(cfg):
         build_demo(Path(cfg.model))
     print(f"dmsae | {cfg.model} layer {cfg.layer} | {cfg.device} | {out}")
     model, tokenizer, fingerprint = load_model(cfg)
-    core, before = Core(torch.zeros(0, len(fingerprint))), 0
+    core, before = Core(torch.zeros(0, len(fingerprint))), 0  # before: trainings of --core's run
     if cfg.core:
         core, origin = load_core(cfg.core)
         before = origin["training"] + 1

@@ -750,11 +750,11 @@ def test_a_model_that_cannot_be_read_is_refused(edit, words):
         return dict(input_ids=[1, 5, 7])
 
     if words is None:
-        print_of_it = dmsae.probe(toy, tokenizer, 0, 6)
+        print_of_it = dmsae.check_model(toy, tokenizer, 0, 6)
         assert print_of_it == pytest.approx(toy.embedding[7].tolist())
     else:
         with pytest.raises(dmsae.BadInput) as error:
-            dmsae.probe(toy, tokenizer, 0, 6)
+            dmsae.check_model(toy, tokenizer, 0, 6)
         assert words in str(error.value)
 
 
