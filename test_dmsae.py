@@ -3447,7 +3447,7 @@ def test_readme_snippets_run(story, tmp_path, monkeypatch):
     Path(folder).parent.mkdir(parents=True)
     os.symlink(story, folder)
     assert len(snippets) == 2
-    scope = {"acts": torch.randn(4096, 32), "torch": torch}
+    scope = {"acts": torch.randn(4096, 32), "x": torch.randn(9, 32), "torch": torch}
     for code in snippets:
         exec(code, scope)
 
