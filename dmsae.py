@@ -12,8 +12,7 @@
 
 For the method read `MatryoshkaSAE`, `loss_and_grad`, `update`, `train`, `attribute`, `select_core`,
 `next_core`, `new_sae`, `distil`. Shapes: B tokens in a batch, T in a context, R contexts, D its
-width, F latents, G nested prefixes, C core latents, M in prefix 0, core included; W_enc, W_dec
-(F, D): one row per latent.
+width, F latents, G nested prefixes, C core latents, M in prefix 0, core too; W_enc, W_dec (F, D).
 """
 
 import argparse
@@ -239,7 +238,8 @@ def open_text(cfg, model, tokenizer, folder):
     n = path.stat().st_size // 4 // width
     if n < 3:
         path.unlink()
-        raise BadInput(f"{cfg.text or cfg.dataset}: holds less than three contexts of {cfg.ctx}")
+        source = f"{cfg.text or cfg.dataset} as {path}"
+        raise BadInput(f"{source}: holds less than three contexts of {cfg.ctx}; removed, try again")
     rows = np.memmap(path, np.int32, "r", shape=(n, width))
     print(f"text: {rows.size} tokens in {(rows == special[0]).sum()} documents")
     held = max(2, min(n_eval + n_attribution, n // 10))  # of a short text a tenth
@@ -721,6 +721,7 @@ def written_whole(path):
 
 
 def read_json(path):
+    """The content of a JSON file. BadInput"""
     with refusing(f"{path}: is missing or damaged; move its folder away"):
         return json.loads(Path(path).read_text())
 
