@@ -378,6 +378,15 @@ def test_budget_of_the_rest_never_falls_below_the_floor():
     assert (acts.col >= 12).sum() == 16
 
 
+def test_a_negative_threshold_lets_no_negative_activation_through():
+    """In training as at inference: a foreign core may bring one."""
+    sae = MatryoshkaSAE(4, [2, 8], 2, 2)
+    sae.threshold.fill_(-1)
+    acts, _ = sae.batch_topk(torch.full((3, 8), -0.5).index_fill(1, torch.tensor([5]), 2.0), 2)
+    assert acts.col.tolist() == [5, 5, 5]
+    assert (acts.value > 0).all()
+
+
 # ---- The sparse step ----------------------------------------------------------------------------
 @pytest.mark.parametrize("n_core, n_exempt", [(0, 0), (5, 5), (5, 0)])
 @pytest.mark.parametrize("n_dead", [0, 3, 20, 40])
