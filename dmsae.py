@@ -471,7 +471,7 @@ class MatryoshkaSAE(nn.Module):
 
 def nested_loss(x, x_hats):
     """Sum over prefixes of ||x - x_hat||^2, mean over tokens, over G * D (ours: then it starts near
-    1; dead-latent loss and clip then weigh the same for all G, D). x (B, D), x_hats (B, G, D)"""
+    1, and the dead-latent loss weighs the same for all G, D). x (B, D), x_hats (B, G, D)"""
     return F.mse_loss(x_hats, x[:, None].expand_as(x_hats))
 
 
@@ -517,7 +517,6 @@ def update(sae, adam, lr):
     g, W = sae.W_dec.grad, sae.W_dec
     # The part of g along its unit row only changes the norm, which is undone: keep it out of Adam.
     g.addcmul_(W, torch.linalg.vecdot(g, W)[:, None], value=-1)
-    nn.utils.clip_grad_norm_(sae.parameters(), 1.0)  # as SAEBench's own trainings
     adam.param_groups[0]["lr"] = lr
     adam.step()
     adam.zero_grad()
@@ -605,19 +604,19 @@ def train(run, core, k, training, path):
     dead_after = min(10_000_000, cfg.tokens // 10)  # tokens: Gao et al. 2024; the tenth is ours
     tqdm.write("   step     loss      l0 core l0   dead  seconds")
     for step in tqdm(range(at["step"] + 1, steps + 1), path.stem, disable=None):
-        dead = (since >= dead_after).nonzero()[:, 0]
+        if step % 10 == 1:  # the search makes a GPU wait; ours, as are checkpoints in step with it
+            dead = (since >= dead_after).nonzero()[:, 0]
         loss, acts, cut = loss_and_grad(sae, x, k, floor, dead)
-        fired = torch.zeros_like(sae.b_enc).index_fill_(0, acts.col, 1)
-        fired[: sae.n_core] = 1  # the core is never dead: its rows are frozen
         update(sae, adam, learning_rate(step - 1, steps, cfg.lr))
         sae.update_threshold(cut, step - 1)
-        since.add_(cfg.batch).masked_fill_(fired > 0, 0)
+        since.add_(cfg.batch).index_fill_(0, acts.col, 0)
+        since[: sae.n_core] = 0  # the core is never dead: its rows are frozen
         last = step == steps
         if last or step % max(1, steps // 10) == 0:
             core_l0 = (acts.col < sae.n_core).sum() / len(x)
             row = f"{step:7d} {loss:8.4f} {len(acts.col) / len(x):7.1f} {core_l0:7.1f}"
             tqdm.write(f"{row} {len(dead) / cfg.d_sae:6.1%} {time.time() - began:8.0f}")
-        if last or time.time() - saved_at >= 60 * cfg.checkpoint_minutes:
+        if last or step % 10 == 0 and time.time() - saved_at >= 60 * cfg.checkpoint_minutes:
             if not (loss.isfinite() and sae.W_dec.isfinite().all()):
                 raise BadInput(f"diverged by step {step}: try a smaller --lr, another --out")
             save_tensors(state, path, step=step, position=position)
