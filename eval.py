@@ -83,9 +83,9 @@ def probe_logits(x, probes):
 
 
 def logistic_regression(x, y, balanced=False):
-    """scikit-learn's (L2, C = 1), by LBFGS in float64. balanced: both classes weigh alike.
-    x (n, d), y (n,) bool -> one probe, (1, d + 1)"""
-    dtype, x, y = x.dtype, x.double(), y.double()
+    """scikit-learn's (L2, C = 1), by LBFGS in float64. balanced: both classes weigh alike. On the
+    CPU, as a GPU would wait at some 700 evaluations. x (n, d), y (n,) bool -> probe (1, d + 1)"""
+    like, x, y = x, x.double().cpu(), y.double().cpu()
     weight = 0.5 / torch.where(y > 0, y.mean(), 1 - y.mean()) if balanced else None
     probe = x.new_zeros(1, x.shape[1] + 1, requires_grad=True)
     lbfgs = torch.optim.LBFGS([probe], max_iter=500, line_search_fn="strong_wolfe")
@@ -99,7 +99,7 @@ def logistic_regression(x, y, balanced=False):
         return loss
 
     lbfgs.step(objective)
-    return probe.detach().to(dtype)
+    return probe.detach().to(like)
 
 
 @torch.enable_grad()
