@@ -135,16 +135,17 @@ def parse(argv=None):
 
 def check(cfg):
     """Refuse settings that cannot work, before anything is downloaded or trained. BadInput"""
-    cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # is there room?
     k = 1, cfg.d_sae - 1, 1  # lowest, highest, one that works
-    limits = dict(k=k, transfer_k=k, layer=(0, 999, 12), ctx=(4, 10**7, 128))
-    limits |= dict(batch=(1, 10**9, 4096), tokens=(cfg.batch, 10**15, 1000 * cfg.batch))
-    limits |= dict(lr=(1e-9, 1e99, 3e-4), coverage=(1e-6, 1, 0.9), cycles=(0, 999, 5))
+    limits = dict(d_sae=(2, 99_999_999, 65536), prefixes=(0, 1, 0.1), k=k, transfer_k=k)
+    limits |= dict(layer=(0, 999, 12), ctx=(4, 9_999_999, 128), batch=(1, 99_999_999, 4096))
+    limits |= dict(tokens=(cfg.batch, 999_999_999_999, 1000 * cfg.batch), cycles=(0, 999, 5))
+    limits |= dict(lr=(1e-9, 1e99, 3e-4), coverage=(1e-6, 1, 0.9))
     for name, (low, high, works) in limits.items():
         for value in np.atleast_1d(getattr(cfg, name)):
             if not low <= value <= high:
                 must = f"must be from {low} to {high}, for example {works}"
                 raise BadInput(f"--{name.replace('_', '-')} {value}: {must}")
+    cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # is there room?
     if cfg.text and not (cfg.demo or Path(cfg.text).suffix in KINDS and Path(cfg.text).is_file()):
         raise BadInput(f"--text {cfg.text}: must be an existing file in {', '.join(KINDS)}")
     if Path(cfg.cache or ".").is_file():
@@ -543,7 +544,7 @@ def batches(run, training, block=0, start=0):
     for number in itertools.count(block):
         acts = activations(run, *run.text.block(number, contexts, cfg.seed))
         n = len(acts) // B  # batches
-        if n == 0:
+        if not n:
             raise BadInput("the text holds hardly more than special tokens: nothing to train on")
         order = torch.randperm(len(acts), generator=generator(cfg.seed, training, number))
         order = order[: n * B].view(n, B).to(acts.device)
@@ -722,7 +723,7 @@ def written_whole(path):
 def read_json(path):
     """The content of a JSON file. BadInput"""
     with refusing(f"{path}: is missing or damaged; move its folder away"):
-        return json.loads(Path(path).read_text())
+        return dict(json.loads(Path(path).read_text()))
 
 
 def write_json(data, path):

@@ -1653,11 +1653,12 @@ def test_a_core_from_another_model_is_warned_of(lm, story, tmp_path, capsys):
     assert f"warning: --core {path} is of another model" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["", "null", "[1]"])
 @pytest.mark.parametrize("name", ["config.json", "cycle0/cfg.json", "tokens.bin"])
-def test_an_emptied_file_of_a_run_is_named(lm, story, tmp_path, capsys, name):
-    """As a power cut leaves it: one line with the file, no traceback."""
+def test_an_emptied_file_of_a_run_is_named(lm, story, tmp_path, capsys, name, content):
+    """As a power cut or an editor leaves it: one line with the file, no traceback."""
     shutil.copytree(story, tmp_path / "out")
-    (tmp_path / "out" / name).write_bytes(b"")
+    (tmp_path / "out" / name).write_text(content)
     words = command(lm, tmp_path / "out", cycles=3, core_sparsity="gated")
     line = refusal(capsys, words)
     assert str(tmp_path / "out" / name) in line
@@ -1901,7 +1902,8 @@ def test_a_damaged_block_is_refused(lm, filled, tmp_path, capsys, damage):
         (dict(device="mps"), ["--device mps", "must be cpu, cuda or cuda:N"]),
         (dict(device="toaster"), ["--device toaster", "must be cpu, cuda or cuda:N"]),
         (dict(d_sae="many"), ["--d-sae", "invalid int", "many"]),
-        (dict(d_sae=0), ["--d-sae 0"]),
+        (dict(d_sae=0), ["--d-sae 0", "65536"]),
+        (dict(d_sae=10**12), ["--d-sae", "65536"]),
         (dict(colour="red"), ["--colour"]),
         (dict(select="best"), ["--select", "best", "attribution", "frequency", "random"]),
         (dict(core_sparsity="no"), ["--core-sparsity", "gated", "dynamic", "exempt", "compete"]),
@@ -1945,13 +1947,15 @@ def test_a_folder_inside_a_file_is_refused(lm, tmp_path, capsys, name, value):
     assert str(tmp_path / "file") in line
 
 
-@pytest.mark.parametrize("prefixes", ["0.5 0.2", "0.5 1", "0 0.5", "32 64", "-0.1 0.5", "0.5 0.5"])
+@pytest.mark.parametrize(
+    "prefixes", ["0.5 0.2", "0.5 1", "0 0.5", "32", "-0.1 1", "0.5 0.5", "nan"]
+)
 def test_prefixes_must_ascend_between_0_and_d_sae(lm, tmp_path, capsys, prefixes):
     """Wrong prefixes must be refused with an example that works."""
     words = [*command(lm, tmp_path / "out"), "--prefixes", *prefixes.split()]
     line = refusal(capsys, words)
     assert "--prefixes" in line
-    assert "0.1 0.3" in line
+    assert "for example 0.1" in line
     assert not (tmp_path / "out").exists()
     assert Config(d_sae=128, prefixes=(0.1, 0.3)).widths() == [13, 38, 128]
 
