@@ -83,7 +83,7 @@ class Config:
     seed: int = 0  # seed of everything random
     device: str = "auto"  # cuda, cuda:N or cpu; auto is cuda where there is one
     out: str = None  # run folder; the same command resumes (runs/<model>_k<k>_seed<seed>)
-    checkpoint_minutes: float = 5.0  # minutes between checkpoints
+    checkpoint_minutes: float = 5.0  # minutes between checkpoints, at least
     cache: str = None  # folder that keeps activations for later trainings and runs
     demo: bool = False  # miniature settings, and a small Gemma-2 trained on the spot
 
@@ -136,10 +136,10 @@ def parse(argv=None):
 def check(cfg):
     """Refuse settings that cannot work, before anything is downloaded or trained. BadInput"""
     k = 1, cfg.d_sae - 1, 1  # lowest, highest, one that works
-    limits = dict(d_sae=(2, 99_999_999, 65536), prefixes=(0, 1, 0.1), k=k, transfer_k=k)
-    limits |= dict(layer=(0, 999, 12), ctx=(4, 9_999_999, 128), batch=(1, 99_999_999, 4096))
-    limits |= dict(tokens=(cfg.batch, 999_999_999_999, 1000 * cfg.batch), cycles=(0, 999, 5))
-    limits |= dict(lr=(1e-9, 1e99, 3e-4), coverage=(1e-6, 1, 0.9))
+    limits = dict(d_sae=(2, 99_999_999, 65536), attribution_tokens=(1, 99_999_999_999, 1_000_000))
+    limits |= dict(tokens=(cfg.batch, 999_999_999_999, 1000 * cfg.batch), coverage=(1e-6, 1, 0.9))
+    limits |= dict(ctx=(4, 9_999_999, 128), batch=(1, 99_999_999, 4096), lr=(1e-9, 1e99, 3e-4))
+    limits |= dict(k=k, transfer_k=k, layer=(0, 999, 12), cycles=(0, 999, 5), prefixes=(0, 1, 0.1))
     for name, (low, high, works) in limits.items():
         for value in np.atleast_1d(getattr(cfg, name)):
             if not low <= value <= high:
@@ -177,8 +177,8 @@ def documents(cfg):
 
 
 def tokenize(docs, tokenizer, bos, limit, path, vocabulary):
-    """Write docs (an iterator) as doc BOS doc BOS ... to path: at most `limit` int32 ids, below
-    `vocabulary`. Resumes: whole documents in path.part stay, as many are skipped. BadInput"""
+    """Write docs (an iterator, none may hold BOS) as doc BOS doc BOS ... to path: at most `limit`
+    int32 ids, below `vocabulary`. Resumes: documents in path.part stay, are skipped. BadInput"""
     with written_whole(path) as part, open(part, "ab") as f:
         ends = np.flatnonzero(np.fromfile(part, np.int32) == bos) + 1  # of whole documents
         limit -= f.truncate(4 * max(ends, default=0)) // 4
@@ -232,10 +232,9 @@ def open_text(cfg, model, tokenizer, folder):
     path, width = Path(f"{folder}/tokens.bin"), cfg.ctx - 1
     n_eval, n_attribution = math.ceil(131072 / width), math.ceil(cfg.attribution_tokens / width)
     if not path.exists():
-        limit = int(1.02 * cfg.tokens) + (n_eval + n_attribution) * width  # 2 %: lost by block
-        vocabulary = len(model.get_input_embeddings().weight)
+        limit = int(1.02 * cfg.tokens) + (n_eval + n_attribution) * width  # 2 %: block ends, BOS
         docs = iter(tqdm(documents(cfg), "tokenise", disable=None))
-        tokenize(docs, tokenizer, special[0], limit, path, vocabulary)
+        tokenize(docs, tokenizer, special[0], limit, path, len(model.get_input_embeddings().weight))
     n = path.stat().st_size // 4 // width
     if n < 3:
         path.unlink()
@@ -560,7 +559,7 @@ def new_sae(cfg, core, x, scale, training):
     starts anew (the paper; ours: not the gates): what is selected again has proved useful among new
     neighbours. By cfg.core_sparsity, a core latent is on
     dynamic  (the paper) where its pre-activation is above 0; the others share what is left of k
-    exempt   (arXiv v1) the same, but the others share k
+    exempt   (the paper's withdrawn first version) the same, but the others share k
     gated    (ours) above its gate, set as at birth (b_enc then trains on); else as dynamic
     compete  where BatchTopK keeps it, like any other latent"""
     C = len(core.W_enc)
@@ -578,7 +577,7 @@ def new_sae(cfg, core, x, scale, training):
 
 def learning_rate(step, steps, peak):
     """Warm-up over 1000 steps (a short run: a tenth), constant, linear to 0 in the last fifth."""
-    return peak * min(1, (step + 1) / min(1000, max(1, steps // 10)), 5 * (steps - step) / steps)
+    return peak * min(1, (step + 1) / min(1000, steps // 10 or 1), 5 * (steps - step) / steps)
 
 
 def train(run, core, k, training, path):
@@ -605,7 +604,7 @@ def train(run, core, k, training, path):
     dead_after = min(10_000_000, cfg.tokens // 10)  # tokens: Gao et al. 2024; the tenth is ours
     tqdm.write("   step     loss      l0 core l0   dead  seconds")
     for step in tqdm(range(at["step"] + 1, steps + 1), path.stem, disable=None):
-        if step % 10 == 1:  # the search makes a GPU wait; ours, as are checkpoints in step with it
+        if step % 10 == 1:  # ours: a GPU waits for the search; checkpoints come just before one
             dead = (since >= dead_after).nonzero()[:, 0]
         loss, acts, cut = loss_and_grad(sae, x, k, floor, dead)
         update(sae, adam, learning_rate(step - 1, steps, cfg.lr))
@@ -613,7 +612,7 @@ def train(run, core, k, training, path):
         since.add_(cfg.batch).index_fill_(0, acts.col, 0)
         since[: sae.n_core] = 0  # the core is never dead: its rows are frozen
         last = step == steps
-        if last or step % max(1, steps // 10) == 0:
+        if last or step % (steps // 10 or 1) == 0:
             core_l0 = (acts.col < sae.n_core).sum() / len(x)
             row = f"{step:7d} {loss:8.4f} {len(acts.col) / len(x):7.1f} {core_l0:7.1f}"
             tqdm.write(f"{row} {len(dead) / cfg.d_sae:6.1%} {time.time() - began:8.0f}")
@@ -794,10 +793,10 @@ def build_demo(folder, steps=3000):
     ids = [i for doc in bpe.encode_batch(docs) for i in (2, *doc.ids)]
     ids = torch.tensor(ids).repeat(2)[: 4 * 128 * steps].view(-1, 128)
     shape = dict(vocab_size=2048, hidden_size=160, intermediate_size=320, num_hidden_layers=3)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=40)
-    plain = dict(attn_logit_softcapping=None, final_logit_softcapping=None, initializer_range=0.08)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=40)
+    shape |= dict(attn_logit_softcapping=None, final_logit_softcapping=None, initializer_range=0.08)
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**shape, **heads, **plain))
+    model = Gemma2ForCausalLM(Gemma2Config(**shape))
     embedding, *others = model.parameters()
     groups = dict(params=[embedding], lr=1e-2), dict(params=others, lr=2e-3)
     adam = torch.optim.Adam(groups, betas=(0.8, 0.99), fused=True)
@@ -820,21 +819,21 @@ def build_demo(folder, steps=3000):
 def prepare(cfg, model, tokenizer, fingerprint):
     """What all trainings share. scale: of scale * x the mean variance is 1; ce_original, ce_zero:
     held-out loss, nats a token, as it is; layer zeroed, also at BOS. BadInput: OUT is another's"""
-    out, old, new = Path(cfg.out), {}, json.loads(json.dumps(asdict(cfg)))
+    out, new = Path(cfg.out), json.loads(json.dumps(asdict(cfg)))
     for name in "device out checkpoint_minutes cycles transfer_k cache".split():
         del new[name]  # these change no training
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "config.json").exists():
-        old = read_json(out / "config.json")
+    path = out / "config.json"
+    old = read_json(path) if path.exists() else {}
     differ = [f"{n} {old.get(n)} there, {new[n]} here" for n in new if old.get(n) != new[n]]
     if not same_model(old.get("fingerprint", []), fingerprint):
         differ.append(f"another model or tokenizer behind {cfg.model}")
     new["fingerprint"] = fingerprint
-    if differ and (out / "tokens.bin").exists():
+    if differ and ("measured" in old or (out / "tokens.bin").exists()):
         raise BadInput(f"--out {out}: holds a run with other settings ({'; '.join(differ)})")
     if differ:
         (out / "tokens.bin.part").unlink(missing_ok=True)
-        write_json(new, out / "config.json")
+        write_json(new, path)
     text = open_text(cfg, model, tokenizer, out)
     if "measured" not in old:
         (ids, keep), _ = text.held_out()
@@ -843,7 +842,7 @@ def prepare(cfg, model, tokenizer, fingerprint):
         if not x.isfinite().all():
             raise BadInput(f"--model {cfg.model}: gives nan or inf")
         ratio = x.norm(dim=1) / x.norm(dim=1).median()
-        if len(x) and ratio.max() > 10:
+        if (ratio > 10).any():
             share = f"{(ratio > 10).float().mean():.2%} of tokens"
             print(f"warning: {share} have 10 to {ratio.max():.0f} x the median norm")
         new["measured"] = dict(
@@ -852,7 +851,7 @@ def prepare(cfg, model, tokenizer, fingerprint):
             ce_zero=mean_loss(model, cfg.layer, ids, keep | True, torch.zeros_like),
             fingerprint=fingerprint,
         )
-        write_json(old := new, out / "config.json")
+        write_json(old := new, path)
     return SimpleNamespace(cfg=cfg, model=model, text=text, **old["measured"])
 
 
@@ -872,8 +871,8 @@ def finish(run, core, sae, dead, training, label):
         chosen = torch.randperm(len(scores), generator=generator(cfg.seed, label, "core"))[:C]
     new = next_core(core, sae, chosen, scores, density, training)
     kept = int((chosen < len(core.W_enc)).sum())
-    row = dict(cycle=label, core=C, kept=kept, new=C - kept, dropped=len(core.W_enc) - kept, **held)
-    row |= dict(dead=dead, tokens=cfg.tokens, ce=ce)
+    row = dict(cycle=label, core=C, kept=kept, new=C - kept, dropped=len(core.W_enc) - kept)
+    row |= dict(held, dead=dead, tokens=cfg.tokens, ce=ce)
     row["ce_recovered"] = (run.ce_zero - ce) / (run.ce_zero - run.ce_original)
     origin = dict(training=training, config=asdict(cfg))
     where = dict(model_name=cfg.model, hook_name=f"blocks.{cfg.layer}.hook_resid_post")
@@ -906,21 +905,22 @@ def distil(cfg):
     if cfg.core:
         core, origin = load_core(cfg.core)
         before = origin["training"] + 1
-        if core.W_enc.shape[1] != len(fingerprint):
-            width = f"is of width {core.W_enc.shape[1]}, not {len(fingerprint)}"
-            raise BadInput(f"--core {cfg.core}: {width}")
+        D = core.W_enc.shape[1]
+        if D != len(fingerprint):
+            raise BadInput(f"--core {cfg.core}: is of width {D}, not {len(fingerprint)}")
         if not same_model(origin.get("fingerprint", fingerprint), fingerprint):
             print(f"warning: --core {cfg.core} is of another model, tokenizer or layer")
     run = prepare(cfg, model, tokenizer, fingerprint)
     for n, k in enumerate([cfg.k] * (cfg.cycles + 1) + [*cfg.transfer_k]):
         label = n if n <= cfg.cycles else f"{cfg.cycles}_k{k}"
-        folder, training = out / f"cycle{label}", min(n, cfg.cycles + 1)
+        cfg.k = k  # as the files will say
+        folder, training = out / f"cycle{label}", before + min(n, cfg.cycles + 1)
         if not folder.exists():
             size = len(core.W_enc) or "0: the plain Matryoshka baseline"
             print(f"cycle {label} of {cfg.cycles}   k {k}   core {size}", flush=True)
             checkpoint = out / f"checkpoint{label}.safetensors"
             sae, dead = train(run, core, k, training, checkpoint)
-            finish(run, core, sae, dead, before + training, label)
+            finish(run, core, sae, dead, training, label)
             checkpoint.unlink()
         rows.append(read_json(folder / "cfg.json")["metadata"]["result"])
         if rows[-1]["core_l0"] > k / 2:

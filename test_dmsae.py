@@ -1594,10 +1594,28 @@ def test_a_run_stopped_between_its_folder_and_its_checkpoint_goes_on(lm, whole, 
     assert_same(tmp_path / "out", whole, (0, 1, "1_k3"))
 
 
+def test_a_run_from_a_core_file_is_the_transfer_of_that_core(lm, whole, tmp_path):
+    """--core FILE --cycles 0 --k 3 must start as anew as --transfer-k 3 does: bitwise the same; and
+    both must say that their k is 3."""
+    path = whole / "cycle1" / "core.safetensors"
+    out = tmp_path / "out"
+    assert dmsae.main(command(lm, out, tokens=25_600, core=path, cycles=0, k=3)) == 0
+    for read in (weights, saved_core):
+        here, there = read(out, "0"), read(whole, "1_k3")
+        assert all(torch.equal(here[name], there[name]) for name in here)
+    for folder in (out / "cycle0", whole / "cycle1_k3"):
+        cfg = json.loads((folder / "cfg.json").read_text())["metadata"]["config"]
+        assert cfg["k"] == dmsae.load_core(folder / "core.safetensors")[1]["config"]["k"] == 3
+
+
 def test_another_configuration_in_the_same_folder_is_refused(lm, story, capsys):
     """What differs must be named with both values, and nothing may be touched."""
     before = {p: p.stat().st_mtime_ns for p in story.rglob("*")}
-    line = refusal(capsys, command(lm, story, cycles=3, k=7, lr=0.1))
+    words = command(lm, story, cycles=3, k=7, lr=0.1)
+    line = refusal(capsys, words)
+    (story / "tokens.bin").rename(story / "away.bin")  # to save room, perhaps
+    assert refusal(capsys, words) == line
+    (story / "away.bin").rename(story / "tokens.bin")
     assert "k 6 there, 7 here" in line
     assert "lr 0.003 there, 0.1 here" in line
     assert "d_sae" not in line
@@ -1892,6 +1910,7 @@ def test_a_damaged_block_is_refused(lm, filled, tmp_path, capsys, damage):
         (dict(lr="inf"), ["--lr inf", "0.0003"]),
         (dict(tokens=5), ["--tokens 5", "from 128", "128000"]),
         (dict(batch=0), ["--batch 0", "4096"]),
+        (dict(attribution_tokens=0), ["--attribution-tokens 0", "1000000"]),
         (dict(batch=-128), ["--batch -128", "4096"]),
         (dict(model="/no/such/folder"), ["--model /no/such/folder", "--demo"]),
         (dict(ctx=65), ["--ctx 65", "64"]),
