@@ -941,7 +941,7 @@ def main(argv=None, name="dmsae", parse=parse, work=distil):
         print(f"{name}: " + " ".join(str(e).split())[:1000], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from its checkpoint", file=sys.stderr)
+        print(f"{name}: interrupted; the same command goes on from any checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -268,8 +268,8 @@ MIN_LETTERS = 20  # that the probes must read (SAEBench)
 Spelling = namedtuple("Spelling", "x_train y_train x_test y_test x_fresh probes")
 
 
-@cache  # the same for every SAE of a layer
-def spelling_task(model, layer, tokenizer, n_words=10**6, seed=0):
+@cache  # the same for every SAE of a layer; it holds the model until .cache_clear()
+def spelling_task(model, layer, tokenizer, n_words=10**4, seed=0):
     """The Spelling of at most n_words tokens that are a word, in prompts of "\\n", ten lines
     "{example} has the first letter: X" of others, and "{word}", which would go on so. CannotRun"""
     rng = np.random.default_rng(seed)
@@ -341,7 +341,7 @@ def absorption_scores(f, x, W_dec, w, main):
 
 
 @torch.no_grad()
-def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
+def absorption(model, layer, tokenizer, sae, n_words=10**4, seed=0):
     """First-letter absorption (Chanin et al. 2024, arXiv 2409.14507). CannotRun where too few
     letters are read from the residual with F1 > .6; ours: or where the main latents' mean F1 is
     below, as the figure would be theirs.
@@ -366,9 +366,8 @@ def absorption(model, layer, tokenizer, sae, n_words=10**6, seed=0):
         truth = is_letter[:, c]
         main, main_f1 = main_latents(order, f_train, task.y_train == c, f_test, truth)
         hit = truth & read[:, c]
-        probe = task.probes[c, :-1]
-        scores = absorption_scores(f_fresh[hit], task.x_fresh[hit], sae.W_dec, probe, main)
-        full, fraction = (score.float().mean().item() for score in scores)
+        at = f_fresh[hit], task.x_fresh[hit], sae.W_dec, task.probes[c, :-1], main
+        full, fraction = (score.float().mean().item() for score in absorption_scores(*at))
         row = dict(full_absorption_rate=full, fraction_0_6_0=fraction)
         rows[chr(97 + c)] = row | dict(num_split_features=len(main), main_f1=main_f1)
     out = mean_of([*rows.values()])
@@ -383,7 +382,8 @@ def read_rows(path):
     csv.field_size_limit(2**31 - 1)
     with refusing(f"--labelled {path}: must be a .csv or .jsonl file"):
         with open(path, newline="", encoding="utf-8-sig") as f:
-            return list(csv.DictReader(f) if Path(path).suffix == ".csv" else map(json.loads, f))
+            rows = csv.DictReader(f) if Path(path).suffix == ".csv" else map(json.loads, f)
+            return [{**row} for row in rows]
 
 
 def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
@@ -393,7 +393,7 @@ def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
     by_class = {}
     for i in np.random.default_rng(seed).permutation(len(rows)):
         values = [rows[i].get(column) for column in columns]
-        if not {None, ""} & {*values}:
+        if None not in values and "" not in values:
             by_class.setdefault(str(values[1]), []).append([str(value) for value in values])
     classes = [found for found in by_class.values() if len(found) >= 10]
     if len(classes) < 2:
@@ -401,7 +401,7 @@ def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
         few = f"{len(classes)} classes of 10 texts or more, two are needed; the file has only {has}"
         raise BadInput(f"--columns {' '.join(columns)}: {few}")
     most = min(2500, max(10, budget // len(classes)))
-    texts, labels, *spurious = np.array(sum((found[:most] for found in classes), [])).T
+    texts, labels, *spurious = np.array(sum((found[:most] for found in classes), []), object).T
     return texts, labels, spurious[0] if spurious else None
 
 
@@ -423,7 +423,7 @@ def one_vs_rest(labels, seed=0):
     """[(train (2, m), test (2, m'))] for each class in sorted order, 80/20: indices of texts,
     positives first; as many of the others, in equal shares."""
     rng = np.random.default_rng(seed)
-    classes = [rng.permutation(np.flatnonzero(np.equal(labels, c))) for c in sorted(set(labels))]
+    classes = [rng.permutation(np.flatnonzero(np.asarray(labels) == c)) for c in np.unique(labels)]
     parts = [np.split(texts, [int(0.8 * len(texts))]) for texts in classes]
 
     def task(c, part):
@@ -468,8 +468,8 @@ ABLATED = 2, 5, 10, 20, 50, 100, 500  # latents at once; SAEBench's main figure 
 
 def ablations(X, A, W_dec, effect):
     """(n, X without the n latents of the largest effect) for each n of ABLATED: zeroed on every
-    token, the SAE's error kept, they move X (n, D) by -A W_dec. effect (F,), of any sign as in
-    SAEBench: a large n takes negative ones too."""
+    kept token (ours: not on zeros in place of special ones), the SAE's error kept, they move X
+    (n, D) by -A W_dec. effect (F,), of any sign, as in SAEBench: a large n takes negative ones."""
     order = effect.topk(min(max(ABLATED), int((effect != 0).sum()))).indices
     for n in ABLATED:
         yield n, X - A[:, order[:n]] @ W_dec[order[:n]]
@@ -508,9 +508,9 @@ def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
 def scr_cells(labels, spurious, most=4):
     """The pairs of classes a, b with the most texts of spurious values u, v, at least 20 of each:
     [indices of texts of a with u, a with v, b with u, b with v]. CannotRun"""
-    values = [] if spurious is None else sorted(set(spurious))
+    values = [] if spurious is None else np.unique(spurious)
     found = []
-    for pair in itertools.combinations(sorted(set(labels)), 2):
+    for pair in itertools.combinations(np.unique(labels), 2):
         own = [np.equal(labels, c) for c in pair]
         cells = [np.flatnonzero(one & np.equal(spurious, v)) for one in own for v in values]
         if len(values) == 2 and min(map(len, cells)) >= 20:
@@ -576,10 +576,10 @@ def stability(folder):
     kept, dropped: those of the core before that were chosen again, and that were not
     jaccard: kept over all in either core; 1 is the same core
     identity_overlap: share of the core before that was kept
-    cycle, tokens, dead, ce, ce_recovered: of the training, as dmsae.py measured them
+    cycle, tokens, dead, ce, ce_recovered: of the training; the tokens of core are those measured on
     """
     if Path(folder) not in cycles(Path(folder).parent):
-        raise CannotRun("the SAE is in no run folder of dmsae.py")
+        raise CannotRun("the SAE is in no run folder of dmsae.py, or is a transfer")
     with refusing(f"{folder}: is of no training of dmsae.py"):
         row = read_json(f"{folder}/cfg.json")["metadata"]["result"]
     core, _ = load_core(f"{folder}/core.safetensors")
@@ -616,7 +616,7 @@ def pw_mcc(a, b):
     al. 2025, arXiv 2505.20254). Ours: signed, as a latent is on in one direction only; of sets of
     unequal size the smaller is matched."""
     a, b = sorted((a, b), key=len)
-    cosine = (F.normalize(a) @ F.normalize(b).T).double().numpy()
+    cosine = (F.normalize(a) @ F.normalize(b).T).double().detach().cpu().numpy()
     row_of = assignment(-cosine)
     return cosine[row_of, np.arange(len(b))][row_of >= 0].mean()
 
@@ -667,7 +667,7 @@ def every_figure(report):
 
 
 def headline(report):
-    """[(name, "metric: key", figures of the SAEs)] of the first eight of FIRST that ran."""
+    """[(name, "metric: key", figures of the SAEs)] of the first eight that ran, the last file's."""
     ran = {re.sub(" .*:", ":", at): values for at, values in every_figure(report).items()}
     return [(name, at, ran[at]) for at, name in FIRST.items() if at in ran][:8]
 
@@ -737,7 +737,7 @@ function chart(title, xName, yName, series, least = 0) {  // series: {name: [[x,
   at("charts").innerHTML += `<figure><b>${title}</b><br><small>${yName}</small>
     <svg viewBox="0 0 325 230">${svg}</svg>${key}</figure>`
 }
-at("title").innerHTML = `${data.model}, layer ${data.layer}, k ${data.k}`
+at("title").innerHTML = `${data.model}, layer ${data.layer}`
 at("first").innerHTML = each(data.first, ([name, figure, values]) => {
   const [title, way = "neither way is better"] = name.split(", "), [a, b] = values
   const change = a == null || b == null ? "" : (b > a ? "+" : "") + show(b - a, 3)
@@ -806,7 +806,7 @@ def core_page(model, tokenizer, ids, keep, folder, layer, sae):
     core.score /= core.score.sum()
     order = core.score.argsort(descending=True)
     core = {name: t[order].tolist() for name, t in vars(core).items() if name != "W_enc"}
-    score, density = dmsae.attribute(model, layer, ids, keep, sae)
+    score, density = dmsae.attribute(model, layer, ids, keep, sae.to(model.device))
     share = score.sort(descending=True).values.cumsum(0) / score.sum()
     start = tokenizer("a", add_special_tokens=False)["input_ids"]  # after it no space is lost
 
@@ -834,7 +834,7 @@ def page(report, of_core):
     """The report, and what `core_page` gives or {}, as HTML."""
     lines = re.findall(r"^    ([\w, ]+): (.+)$", Path(__file__).read_text(), re.M)  # of docstrings
     says = {name: text for names, text in lines for name in names.split(", ")}
-    data = {key: report[key] for key in ("layer", "k", "text", "stability")}
+    data = {key: report[key] for key in ("layer", "text", "stability")}
     data |= dict(says=says, first=headline(report), all=list(every_figure(report).items()))
     data |= dict(model=Path(report["model"]).name, folders=[s["folder"] for s in report["saes"]])
     return PAGE.replace("DATA", json.dumps(data | of_core).replace("<", "\\u003c"))
@@ -842,8 +842,7 @@ def page(report, of_core):
 
 # ---- The command line ---------------------------------------------------------------------------
 METRICS = "core absorption probing tpp scr stability".split()
-NEEDED = "model layer k ctx batch tokens attribution_tokens device dataset text text_column".split()
-NEEDED += ["separator"]  # an older version's Config has more
+NEEDED = "model layer ctx batch tokens attribution_tokens device dataset text text_column separator"
 
 
 def parse(argv=None):
@@ -855,7 +854,7 @@ def parse(argv=None):
     add("--only", nargs="+", choices=METRICS, default=METRICS, help="some of the metrics")
     add("--tokens", type=int, default=1_000_000, help="at most, for a metric (%(default)s)")
     add("--text", help=".txt, .jsonl or .parquet file, in place of what the run held out")
-    add("--model", help="hub name or folder, in place of the SAE's own")
+    add("--model", help="hub name or folder, in place of the SAE's own; give --text too")
     add("--device", default="auto", help="cuda, cuda:N or cpu (%(default)s)")
     add("--labelled", nargs="+", default=[], help=".csv or .jsonl files, for probing, tpp and scr")
     add("--columns", nargs="+", default=["text", "label"], help="of --labelled; scr needs a third")
@@ -864,8 +863,8 @@ def parse(argv=None):
     add("--html", action="store_true", help="also write a page with charts and the core's latents")
     add("--out", type=Path, help="JSON file (FOLDER/eval.json); nothing is overwritten")
     args = parser.parse_args(argv)
-    if len(args.columns) < 2 or args.tokens < 1:
-        parser.error("--columns must be two or three names, --tokens 1 or above")
+    if len(args.columns) < 2 or args.tokens < 1 or min(args.seeds) < 0:
+        parser.error("--columns: two or three names; --tokens: 1 or above; --seeds: 0 or above")
     return args
 
 
@@ -884,7 +883,7 @@ def read_cfg(folder):
         cfg = read_json(folder / "cfg.json")
         cfg |= cfg.get("metadata") or {}  # older SAELens has all at the top
         hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", str(cfg["hook_name"]))
-    if not hook:
+    if not hook or hook[0] == "blocks.0.hook_resid_pre":
         raise BadInput(f"{folder}: {cfg['hook_name']}: hook_name must be blocks.N.hook_resid_post")
     known = dict(model=cfg.get("model_name"), ctx=cfg.get("context_size"))
     known |= dict(dataset=cfg.get("dataset_path")) | (cfg.get("config") or {})
@@ -898,12 +897,11 @@ def load(args):
     """[(folder, layer, SAE)]; the Config of the first, as far as its cfg.json says; and the run
     folder whose held-out text is measured on, or None. BadInput"""
     trained = [cycles(folder) or [folder] for folder in args.folders]
-    folders = [folder for t in trained for folder in dict.fromkeys([t[0], t[-1]])]
-    cfgs = {folder: read_cfg(folder) for folder in folders}
+    cfgs = {folder: read_cfg(folder) for t in trained for folder in (t[0], t[-1])}
     models = {args.model or cfg["model"] for cfg in cfgs.values()}
     if len(models) > 1 or None in models:
-        raise BadInput(f"{folders[0]}: SAEs of models {models}: name one by --model")
-    known, home = cfgs[folders[0]], folders[0].parent
+        raise BadInput(f"{trained[0][0]}: SAEs of models {models}: name one by --model")
+    known, home = cfgs[trained[0][0]], trained[0][0].parent
     if args.text or args.model or not (home / "tokens.bin").exists():
         home = None
         known |= dict(batch=1, tokens=args.tokens, attribution_tokens=1)
@@ -912,9 +910,10 @@ def load(args):
     if args.text:
         known |= dict(text=args.text, separator=None, text_column=None)
     known |= dict(model=models.pop(), device=args.device)
-    cfg = Config(**{name: known[name] for name in NEEDED if known.get(name) is not None})
+    known["layer"] = max(cfg["layer"] for cfg in cfgs.values())  # what may be out of range
+    cfg = Config(**{name: known[name] for name in NEEDED.split() if known.get(name) is not None})
     dmsae.check(cfg)
-    saes = [(f, c["layer"], unit_rows(load_sae(f, cfg.device))) for f, c in cfgs.items()]
+    saes = [(f, c["layer"], unit_rows(load_sae(f))) for f, c in cfgs.items()]
     return saes, cfg, home
 
 
@@ -938,7 +937,7 @@ def open_inputs(args, saes, cfg, home):
 
 def free_path(args):
     """Where the JSON goes, and beside it the page; nothing is overwritten. BadInput"""
-    first = path = (args.out or args.folders[0] / "eval").with_suffix(".json")
+    first = path = Path(f"{args.out or args.folders[0] / 'eval'}".removesuffix(".json") + ".json")
     number = itertools.count(2)
     while path.exists() or path.with_suffix(".html").exists():
         path = first.with_stem(f"{first.stem}-{next(number)}")
@@ -954,7 +953,7 @@ def no_labels():
 def measures(args, model, tokenizer, ids, keep, texts, folder, layer, sae):
     """(name, function, its arguments) of each metric of an SAE."""
     at, seed = (model, layer), args.seeds[0]
-    yield "core", core_metrics, *at, ids, keep, sae
+    yield "core", core_metrics, *at, ids, keep, sae.to(model.device)
     n_words = max(100, args.tokens // 120)  # of about 100 tokens, and a fifth is read twice
     yield "absorption", absorption, *at, tokenizer, sae, n_words, seed
     for kind in ("probing", "tpp", "scr") if not texts else ():
@@ -965,20 +964,21 @@ def measures(args, model, tokenizer, ids, keep, texts, folder, layer, sae):
         yield f"tpp {file}", tpp, X, A, labels, sae.W_dec, args.seeds
         yield f"scr {file}", scr, X, A, labels, spurious, sae.W_dec, args.seeds
     yield "stability", stability, folder
+    sae.cpu()  # the next one needs its place
 
 
 def run(args):
     """Load, measure, print, write."""
     saes, cfg, home = load(args)
     path = free_path(args)
-    report = dict(model=cfg.model, layer=cfg.layer, k=cfg.k, saes=[], stability={}, agreement={})
+    report = dict(model=cfg.model, layer=saes[0][1], saes=[], stability={}, agreement={})
     report["arguments"] = {name: str(value) for name, value in vars(args).items()}
+    inputs, report["text"] = open_inputs(args, saes, cfg, home)
     if "stability" in args.only:
         runs = dict.fromkeys(folder.parent for folder, *_ in saes if cycles(folder.parent))
         report["stability"] = {str(run): [*map(stability, cycles(run))] for run in runs}
         for a, b in itertools.combinations(runs, 2):
             report["agreement"][f"{a} and {b}"] = agreement(a, b, args.seeds[0])
-    inputs, report["text"] = open_inputs(args, saes, cfg, home)
     for folder, layer, sae in saes:
         figures = {}
         report["saes"].append(dict(folder=str(folder), layer=layer, metrics=figures))

@@ -2470,9 +2470,11 @@ def test_sparse_probing_finds_planted_classes():
 
 
 def test_labels_may_be_a_list(story):
-    """In a notebook labels are lists and folders strings; the figures must be those of arrays."""
+    """In a notebook labels are lists or tensors, folders strings; the figures must be the same."""
     X, A, labels, _ = planted_texts()
-    assert ev.sparse_probing(X, A, labels.tolist()) == ev.sparse_probing(X, A, labels)
+    number = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
+    for same in (labels.tolist(), labels.astype(object), number):
+        assert ev.sparse_probing(X, A, same) == ev.sparse_probing(X, A, labels)
     A, names, values = biased_texts(160)
     cells = ev.scr_cells(names.tolist(), values.tolist())
     assert np.array_equal(cells, ev.scr_cells(names, values)) and len(cells[0]) == 4
@@ -3065,6 +3067,9 @@ def test_eval_through_its_command_line(story, labels_csv, tmp_path, capsys):
     assert out.read_bytes() == first
     again = json.loads((tmp_path / "eval-2.json").read_text())
     assert set(again["saes"][0]["metrics"]) == {"core"}
+    words = "--only", "stability", "--tokens", 2000, "--out", tmp_path / "v0.1"
+    assert evaluation(story / "cycle0", *words) == 0
+    assert (tmp_path / "v0.1.json").exists()
 
 
 FIRST = ["L0", "core L0", "FVU", "CE recovered", "alive", "core size", "kept"]
@@ -3260,6 +3265,7 @@ REFUSED = [
     (["RUN", "--labelled", "EMPTY"], "has only no rows"),
     (["RUN", "--labelled", "MD"], "must be a .csv or .jsonl"),
     (["RUN", "--labelled", "CUT"], "must be a .csv or .jsonl"),
+    (["RUN", "--labelled", "LISTS"], "must be a .csv or .jsonl"),
     (["RUN", "--labelled", "ONE"], "two are needed"),
     (["RUN", "--labelled", "CSV", "--columns", "words", "label"], "--columns words label"),
     (["RUN", "--out", "/nowhere/eval.json"], "--out /nowhere/eval.json"),
@@ -3269,10 +3275,12 @@ REFUSED = [
     (["RUN", "--device", "cuda:9"], "--device"),
     (["HOOK"], "hook"),
     (["NAMELESS"], "--model"),
-    (["RUN", "EARLY"], "name one by --model"),
-    (["EARLY"], "--layer -1"),
+    (["RUN", "LATE"], "name one by --model"),
+    (["RUN", "LATE", "--model", "LM"], "--layer 9"),
+    (["EARLY"], "blocks.0.hook_resid_pre: hook_name must be"),
     (["RUN", "--tokens", "x"], "invalid int"),
     (["RUN", "--seeds", "x"], "invalid int"),
+    (["RUN", "--seeds", "-1"], "--seeds: 0 or above"),
     (["RUN", "--columns", "text"], "two or three"),
     (["RUN", "--labelled", "CSV", "--columns", "text", "label", "sex"], "label sex"),
     (["DAMAGED"], "cycle1/cfg.json: is missing or damaged"),
@@ -3284,7 +3292,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("words, says", REFUSED)
-def test_eval_refuses_bad_input_in_one_line(words, says, story, labels_csv, tmp_path, capsys):
+def test_eval_refuses_bad_input_in_one_line(words, says, story, lm, labels_csv, tmp_path, capsys):
     """One line that says what is wrong, exit code 2, and nothing written."""
     if "OTHER" in words:
         other_model(tmp_path / "other")
@@ -3295,6 +3303,9 @@ def test_eval_refuses_bad_input_in_one_line(words, says, story, labels_csv, tmp_
         (tmp_path / name / "cfg.json").write_text(json.dumps(cfg))
     (tmp_path / "empty.csv").write_text("text,label\n")
     (tmp_path / "one.csv").write_text("text,label\n" + "x,1\n" * 30)
+    (tmp_path / "lists.jsonl").write_text('["a b", "x"]')
+    late = foreign_folder(story, tmp_path / "late", "6") / "cfg.json"
+    late.write_text(late.read_text().replace("blocks.0.", "blocks.9.").replace(str(lm), "m"))
     (tmp_path / "cut.jsonl").write_text('{"text": "a", "lab')
     (tmp_path / "md.md").write_text("# text,label\n")
     damaged = dict(damaged="cycle1/cfg.json", first="cycle0/cfg.json", emptied="tokens.bin")
@@ -3305,10 +3316,10 @@ def test_eval_refuses_bad_input_in_one_line(words, says, story, labels_csv, tmp_
             text = (story / file).read_text(errors="replace").replace('"result"', '"x"')
             cut = text.replace('"d_in"', '"x"') if "less" in name else ""
             (tmp_path / name / file).write_text(cut)
-    files = "empty.csv one.csv cut.jsonl md.md".split()
-    files += ["other", "hook", "nameless", "early", *damaged]
+    files = "empty.csv one.csv cut.jsonl lists.jsonl md.md".split()
+    files += ["other", "hook", "nameless", "early", "late", *damaged]
     real = {Path(file).stem.upper(): tmp_path / file for file in files}
-    real |= dict(RUN=story, CSV=labels_csv / "t.csv")
+    real |= dict(RUN=story, LM=lm, CSV=labels_csv / "t.csv")
     before = sorted(story.rglob("*"))
     capsys.readouterr()
     try:
