@@ -232,6 +232,18 @@ def weights(out, cycle):
     return load_file(Path(out) / f"cycle{cycle}" / "sae_weights.safetensors")
 
 
+def spied(monkeypatch, owner, name):
+    """The arguments of each call of owner.name from now on, a list that grows."""
+    calls, real = [], getattr(owner, name)
+
+    def spy(*words):
+        calls.append(words)
+        return real(*words)
+
+    monkeypatch.setattr(owner, name, spy)
+    return calls
+
+
 def saved_core(out, cycle):
     return load_file(Path(out) / f"cycle{cycle}" / "core.safetensors")
 
@@ -802,6 +814,12 @@ def test_nan_in_the_weights_is_refused_before_the_text_is_read(lm, tmp_path, cap
     assert dmsae.main(words) == 0
 
 
+def test_the_longest_context_of_a_model_is_read(lm):
+    """Its max_position_embeddings, and the last layer, must be allowed."""
+    model, _, _ = dmsae.load_model(Config(str(lm), layer=1, ctx=64, device="cpu"))
+    assert model.config.max_position_embeddings == 64
+
+
 # ---- Text ---------------------------------------------------------------------------------------
 def test_documents_are_packed_with_bos_first_and_between(lm, tmp_path):
     """The stream must be doc BOS doc BOS..., every context must start with BOS, and no token may
@@ -1094,6 +1112,29 @@ def test_batches_resume_from_their_position(lm):
         _, position = drawn[i]
         x, _ = next(stream_of(model, rows, *position))
         assert torch.equal(x, drawn[i + 1][0])
+
+
+def test_each_training_and_block_has_an_order_of_its_own(lm):
+    """The activations of a block must be the same in every training, their order must not; nor may
+    two blocks be shuffled alike."""
+    rows = np.random.default_rng(0).integers(3, 300, (133, 7)).astype(np.int32)
+    text = Text(rows, 2, torch.tensor([0, 1, 2]), 2, 3)  # 128 contexts: block 1 is block 0 again
+    cfg = Config(layer=0, ctx=8, batch=14, device="cpu")
+    run = SimpleNamespace(cfg=cfg, model=load_tiny(lm), text=text, scale=2.0)
+    a, b = (itertools.islice(dmsae.batches(run, training), 128) for training in (0, 1))
+    a, b = (torch.cat([x for x, _ in some]).split(64 * 14) for some in (a, b))
+    assert not (torch.equal(a[0], b[0]) or torch.equal(a[0], a[1]))
+    assert torch.equal(a[0].sort(0).values, b[0].sort(0).values)
+
+
+def test_what_was_resumed_keeps_its_limit(lm, tmp_path):
+    """Ids that are there already count: in all there must be `limit` of them."""
+    from transformers import AutoTokenizer
+
+    np.array([5, 6, 7, 2, 8, 2], np.int32).tofile(tmp_path / "t.part")
+    docs, tokenizer = iter(["the cat sat"] * 50), AutoTokenizer.from_pretrained(lm)
+    dmsae.tokenize(docs, tokenizer, 2, 40, tmp_path / "t", 300)
+    assert (tmp_path / "t").stat().st_size == 4 * 40
 
 
 # ---- Evaluation and attribution -----------------------------------------------------------------
@@ -1776,16 +1817,18 @@ def test_a_saved_core_starts_another_sparsity(lm, story, tmp_path, capsys):
     assert not list(out.glob("cycle1*"))
 
 
-@pytest.mark.parametrize("select", ["frequency", "random"])
-def test_controls_have_the_size_that_attribution_would_have_chosen(lm, story, tmp_path, select):
-    """The same training 0 with another selector must give as many latents, but others."""
-    assert dmsae.main(command(lm, tmp_path, cycles=0, select=select)) == 0
-    ours, control = saved_core(story, 0), saved_core(tmp_path, 0)
+@pytest.mark.parametrize("how", ["frequency", "random"])
+def test_controls_are_as_many_and_others(lm, tmp_path, how):
+    """The same training 0 with another selector must give as many latents, but others, and by
+    frequency none that is on less often than one left out."""
+    words = dict(cycles=0, prefixes=0.25, coverage=0.5)  # with room for others in prefix 0
+    for select in "attribution", how:
+        assert dmsae.main(command(lm, tmp_path / select, select=select, **words)) == 0
+    ours, control = saved_core(tmp_path / "attribution", 0), saved_core(tmp_path / how, 0)
     assert len(ours["index"]) == len(control["index"]) == len(set(control["index"].tolist()))
-    assert not torch.equal(ours["index"], control["index"])
-    if select == "frequency":
-        density = control["density"].tolist()
-        assert density == sorted(density, reverse=True)
+    left_out = ~torch.isin(ours["index"], control["index"])
+    assert left_out.any()
+    assert how == "random" or control["density"].min() >= ours["density"][left_out].max()
 
 
 def test_transfers_equal_transfers_alone(lm, tmp_path, capsys):
@@ -1807,6 +1850,118 @@ def test_transfers_equal_transfers_alone(lm, tmp_path, capsys):
         assert r["l0"] == pytest.approx(k, rel=0.15)
         assert r["cycle"] == f"1_k{k}"
     assert re.search(r"(?m)^1_k9 ", capsys.readouterr().out)
+
+
+def test_a_training_counts_its_steps_from_0(lm, tmp_path, monkeypatch):
+    """Rate and threshold must be those of steps 0 to 99; Adam's eps far below our gradients."""
+    updates = spied(monkeypatch, dmsae, "update")
+    thresholds = spied(monkeypatch, MatryoshkaSAE, "update_threshold")
+    assert dmsae.main(command(lm, tmp_path, cycles=0)) == 0
+    assert [lr for _, _, lr in updates] == [dmsae.learning_rate(i, 100, 3e-3) for i in range(100)]
+    assert {adam.defaults["eps"] for _, adam, _ in updates} == {1e-12}
+    assert [step for _, _, step in thresholds] == list(range(100))
+
+
+def test_a_tenth_of_k_is_left_beside_any_core(lm, tmp_path, monkeypatch):
+    """BatchTopK's floor must be k / 10, at least 1."""
+    steps = spied(monkeypatch, dmsae, "loss_and_grad")
+    assert dmsae.main(command(lm, tmp_path, cycles=0, k=40, transfer_k=3)) == 0
+    assert {(k, floor) for _, _, k, floor, _ in steps} == {(40, 4), (3, 1)}
+
+
+def test_checkpoints_are_the_minutes_apart(lm, tmp_path, monkeypatch):
+    """Of steps that take 4 s each every twentieth must be kept, where a minute is asked for."""
+    updates, kept, save = spied(monkeypatch, dmsae, "update"), [], dmsae.save_tensors
+
+    def spy(tensors, path, **meta):
+        kept.append(meta.get("step"))
+        save(tensors, path, **meta)
+
+    monkeypatch.setattr(dmsae, "save_tensors", spy)
+    monkeypatch.setattr(dmsae, "time", SimpleNamespace(time=lambda: 4 * len(updates)))
+    assert dmsae.main(command(lm, tmp_path, cycles=0, checkpoint_minutes=1)) == 0
+    assert [step for step in kept if step] == [20, 40, 60, 80, 100]
+
+
+def test_weights_that_break_at_a_checkpoint_are_not_kept(lm, tmp_path, capsys, monkeypatch):
+    """The loss of a step is that before its update, which may be what breaks the weights."""
+    done, update = [], dmsae.update
+
+    def breaking(sae, adam, lr):
+        update(sae, adam, lr)
+        done.append(1)
+        sae.W_dec.data[0, 0] *= math.nan if len(done) == 20 else 1
+
+    monkeypatch.setattr(dmsae, "update", breaking)
+    words = command(lm, tmp_path, checkpoint_minutes=0, cycles=0)
+    assert "diverged by step 20:" in refusal(capsys, words)
+    assert dmsae.load_tensors(tmp_path / "checkpoint0.safetensors")[1]["step"] == 10
+
+
+def test_a_latent_is_dead_after_ten_million_tokens(lm, tmp_path, monkeypatch):
+    """However long the training is; of a short one a tenth is enough."""
+    words, calls = command(lm, tmp_path, tokens=10**9, checkpoint_minutes=0), []
+    real, path = dmsae.loss_and_grad, tmp_path / "checkpoint0.safetensors"
+
+    def until_step_11(*w):
+        calls.append(w[-1].tolist())
+        return real(*w) if len(calls) < 11 else signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(dmsae, "loss_and_grad", until_step_11)
+    assert dmsae.main(words) == 130
+    tensors, at = dmsae.load_tensors(path)
+    tensors["since"][:2] = torch.tensor([10**7 - 1, 10**7])
+    dmsae.save_tensors(tensors, path, **at)
+    assert dmsae.main(words) == 130
+    assert calls[-1] == [1]
+
+
+def test_the_dead_share_of_a_result_is_that_of_its_last_step(lm, tmp_path, monkeypatch):
+    """Latents that did not fire in the last tenth of the tokens, ten steps of a hundred."""
+    fired, real = [], dmsae.loss_and_grad
+
+    def spy(*words):
+        loss, acts, cut = real(*words)
+        fired.append(set(acts.col.tolist()))
+        return loss, acts, cut
+
+    monkeypatch.setattr(dmsae, "loss_and_grad", spy)
+    assert dmsae.main(command(lm, tmp_path, cycles=0, k=1)) == 0
+    assert result(tmp_path, 0)["dead"] == pytest.approx(1 - len(set().union(*fired[-10:])) / 128)
+
+
+def test_each_setting_of_a_training_is_compared(lm, story, capsys):
+    """What would train otherwise must be refused, and named, by whichever flag it comes."""
+    others = dict(core=story / "cycle0" / "core.safetensors", select="random", coverage=0.8, seed=1)
+    others |= dict(core_sparsity="exempt", prefixes=0.5, attribution_tokens=999, tokens=12_801)
+    others |= dict(ctx=31, d_sae=127, k=7, batch=127, lr=0.1, layer=1, separator="the")
+    for name, value in others.items():
+        assert f"({name} " in refusal(capsys, command(lm, story, **{name: value}))
+
+
+def test_tokens_that_somebody_left_are_not_read(lm, tmp_path, capsys):
+    """A tokens.bin without the config.json of its run may be of any text and tokenizer."""
+    np.full(4000, 5, np.int32).tofile(tmp_path / "tokens.bin")
+    assert "other settings" in refusal(capsys, command(lm, tmp_path))
+
+
+def test_scaled_activations_have_unit_variance_about_their_means(lm, story):
+    """The mean over channels of the variance of each, of the first block, must be 1."""
+    cfg = Config(model=str(lm), layer=0, ctx=32, device="cpu", attribution_tokens=1000)
+    model, tokenizer, _ = dmsae.load_model(cfg)
+    text = dmsae.open_text(cfg, model, tokenizer, story)
+    x = dmsae.harvest(model, 0, *text.block(0, 65536 // 32, 0))
+    scale = json.loads((story / "config.json").read_text())["measured"]["scale"]
+    assert (scale * x).var(0).mean().item() == pytest.approx(1, rel=1e-4)
+
+
+def test_a_core_that_takes_half_of_k_is_warned_of(lm, story, tmp_path, capsys):
+    """Where the core alone has more than half of k, but less than k, both must be said."""
+    core = story / "cycle3" / "core.safetensors"
+    assert dmsae.main(command(lm, tmp_path, core=core, cycles=0, k=3)) == 0
+    l0 = result(tmp_path, 0)["core_l0"]
+    assert 1.5 < l0 < 3
+    assert f"warning: the core alone has L0 {l0:.1f}, above half of k 3" in capsys.readouterr().out
 
 
 # ---- The cache ----------------------------------------------------------------------------------
@@ -2072,6 +2227,26 @@ def test_tensors_and_metadata_come_back(tmp_path):
     assert got.keys() == tensors.keys()
     assert all(torch.equal(got[name], t) for name, t in tensors.items())
     assert meta == dict(step=3, position=[1, 2])
+
+
+def test_a_scaling_factor_of_which_one_differs_is_refused(tmp_path):
+    """It must be all ones to be none."""
+    dmsae.save_sae(random_sae(dtype=torch.float32), tmp_path)
+    path, factor = tmp_path / "sae_weights.safetensors", torch.ones(64)
+    factor[5] = 2
+    save_file(dict(load_file(path), scaling_factor=factor), path)
+    with pytest.raises(dmsae.BadInput, match="scaling_factor"):
+        load_sae(tmp_path)
+
+
+def test_saelens_is_told_all_that_its_jumprelu_needs(story):
+    """Its config must say what the SAE reads, and that nothing is reshaped or normalised."""
+    cfg = json.loads((story / "cycle3" / "cfg.json").read_text())
+    want = dict(dmsae.SAELENS, dtype="float32", device="cpu", reshape_activations="none")
+    assert want.items() <= cfg.items()
+    meta = cfg["metadata"]
+    assert (meta["hook_name"], meta["context_size"]) == ("blocks.0.hook_resid_post", 32)
+    assert meta["prepend_bos"] is True
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -3330,6 +3505,87 @@ def test_eval_refuses_bad_input_in_one_line(words, says, story, lm, labels_csv, 
     err = [line for line in capsys.readouterr().err.splitlines() if line and bars not in line]
     assert code == 2 and len(err) == 1 and err[0].startswith("eval: ") and says in err[0]
     assert sorted(story.rglob("*")) == before
+
+
+def test_scr_takes_the_pairs_with_the_most_texts():
+    """At most four, by the smallest of their cells; 20 texts in each are enough, 19 are not."""
+    sizes = dict(a=30, b=25, c=20, d=22, e=19)
+    labels = [c for c, n in sizes.items() for _ in range(2 * n)]
+    values = [v for n in sizes.values() for v in "uv" for _ in range(n)]
+    found = ev.scr_cells(labels, values)
+    pairs = ["".join(labels[cell[0]] for cell in cells[::2]) for cells in found]
+    assert pairs == ["ab", "ad", "bd", "ac"]
+
+
+def test_probing_takes_latents_that_are_off_for_a_class():
+    """A latent that all the others have, and a class has not, must tell it as well as one of its
+    own."""
+    labels = np.array(list("abc") * 40)
+    A = 1.0 - F.one_hot(torch.arange(120) % 3, 3).float()
+    assert ev.sparse_probing(A, A, labels)["sae_top_1_test_accuracy"] == 1
+
+
+def test_often_is_above_the_percentage():
+    """Latents on at just 1 % or 10 % of tokens must not count as on at more."""
+    density, sae = torch.tensor([0.01, 0.1, 0.5]).double(), random_sae(widths=(2, 3))
+    density[:2] = torch.tensor([1, 10]).double() / 100
+    figures = ev.latent_figures(density, sae)
+    for percent, n, share in (1, 2, 0.6), (10, 1, 0.5):
+        assert figures[f"freq_over_{percent}_percent"] == pytest.approx(n / 3)
+        assert figures[f"normalized_freq_over_{percent}_percent"] == pytest.approx(share / 0.61)
+
+
+def test_core_comes_in_saebenchs_batches(lm, monkeypatch):
+    """2048 tokens at a time, as 16 contexts of 128 are: some figures are means over batches."""
+    model, ids, keep = held(lm)
+    n = 5000 // ids.numel() + 1
+    calls = spied(monkeypatch, ev, "core_sums")
+    ev.core_metrics(model, 0, ids.repeat(n, 1), keep.repeat(n, 1), random_sae(32).float())
+    sizes = {ids.numel() for _, _, ids, _, _ in calls[:-1]}
+    assert sizes == {2048 // ids.shape[1] * ids.shape[1]}
+
+
+@pytest.mark.parametrize("c, absorbs", [(0.02, False), (0.03, True)])
+def test_a_latent_hardly_along_the_probe_absorbs_nothing(c, absorbs):
+    """However active it is, its cosine with the probe must be 0.025 at least."""
+    x, main = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    W_dec = torch.tensor([[1.0, 0.0], [c, (1 - c * c) ** 0.5]])
+    full, _ = ev.absorption_scores(torch.tensor([[0.0, 100.0]]), x, W_dec, x[0], main)
+    assert full.tolist() == [absorbs]
+
+
+def test_no_positive_is_left_out_where_shares_are_uneven():
+    """Of 40 and 10 positives beside three other classes all must be there."""
+    for train, test in ev.one_vs_rest(list("abcd" * 50)):
+        assert (train.shape, test.shape) == ((2, 40), (2, 10))
+
+
+@pytest.mark.parametrize("sizes, n", [([97, 3], 1), ([90, 10], 2), ([10] * 10, 10)])
+def test_a_further_main_latent_must_add_to_the_f1(sizes, n):
+    """Of latents that share 100 positives out, one that brings an F1 of .985 to 1 adds too little,
+    ten that add .05 and more are all taken."""
+    group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    f = 5.0 * F.pad(F.one_hot(group).float(), (0, 0, 0, 100))
+    y = torch.arange(200) < 100
+    main, f1 = ev.main_latents(torch.arange(len(sizes)), f, y, f, y)
+    assert main.tolist() == list(range(n))
+    assert f1 > 0.94
+
+
+def test_a_deviation_is_that_of_a_sample():
+    """Over n - 1, as of a few seeds; of one value, none."""
+    r = ev.mean_of([dict(a=1.0, b=None), dict(a=3.0, b=5.0)])
+    assert (r["a"], r["b"], r["b_std"]) == (2, 5, None)
+    assert r["a_std"] == pytest.approx(math.sqrt(2))
+
+
+def test_a_given_text_is_not_cut_by_the_runs_separator(story, lm):
+    """With --text the run's own separator and column must be forgotten, without it its text be
+    kept."""
+    words = [str(story), "--text", str(lm / "text.txt")]
+    _, cfg, home = ev.load(ev.parse(words))
+    assert (cfg.separator, cfg.text_column, home) == (None, "text", None)
+    assert ev.load(ev.parse(words[:1]))[2] == story
 
 
 # ---- README: its commands parse, its pieces paste, its claims hold -------------------------------
