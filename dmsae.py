@@ -178,7 +178,7 @@ def documents(cfg):
 
 def tokenize(docs, tokenizer, bos, limit, path, vocabulary):
     """Write docs (an iterator, none may hold BOS) as doc BOS doc BOS ... to path: at most `limit`
-    int32 ids, below `vocabulary`. Resumes: documents in path.part stay, are skipped. BadInput"""
+    int32 ids, below `vocabulary`. Resumes: skips as many documents as path.part holds. BadInput"""
     with written_whole(path) as part, open(part, "ab") as f:
         ends = np.flatnonzero(np.fromfile(part, np.int32) == bos) + 1  # of whole documents
         limit -= f.truncate(4 * max(ends, default=0)) // 4
