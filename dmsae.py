@@ -630,7 +630,7 @@ def train(run, core, k, training, path):
 @torch.no_grad()
 def evaluate(sae, x):
     """Of an SAE of raw activations x (N, D): fvu by prefix, about the mean; l0, core_l0 a token."""
-    errors, on = 0, 0
+    errors = on = 0
     for some in x.split(4096):
         acts = sae.encode(some)  # (B, F)
         x_hats = torch.stack([sae.decode(acts[:, :width]) for width in sae.widths])  # (G, B, D)
@@ -726,6 +726,7 @@ def read_json(path):
 
 
 def write_json(data, path):
+    """Write data as JSON to path, whole or not at all."""
     with written_whole(path) as part:
         part.write_text(json.dumps(data, indent=1))
 
@@ -855,7 +856,7 @@ def prepare(cfg, model, tokenizer, fingerprint):
     return SimpleNamespace(cfg=cfg, model=model, text=text, **old["measured"])
 
 
-def finish(run, core, sae, dead, training, label):
+def finish(run, core, sae, dead, k, training, label):
     """Evaluate a trained SAE, choose the next core, save both as OUT/cycle<label>."""
     cfg, model = run.cfg, run.model
     sae.fold_scale(run.scale)
@@ -874,7 +875,7 @@ def finish(run, core, sae, dead, training, label):
     row = dict(cycle=label, core=C, kept=kept, new=C - kept, dropped=len(core.W_enc) - kept)
     row |= dict(held, dead=dead, tokens=cfg.tokens, ce=ce)
     row["ce_recovered"] = (run.ce_zero - ce) / (run.ce_zero - run.ce_original)
-    origin = dict(training=training, config=asdict(cfg))
+    origin = dict(training=training, config=asdict(cfg) | dict(k=k))
     where = dict(model_name=cfg.model, hook_name=f"blocks.{cfg.layer}.hook_resid_post")
     with written_whole(f"{cfg.out}/cycle{label}") as part:
         save_tensors(vars(new), part / "core.safetensors", fingerprint=run.fingerprint, **origin)
@@ -913,14 +914,13 @@ def distil(cfg):
     run = prepare(cfg, model, tokenizer, fingerprint)
     for n, k in enumerate([cfg.k] * (cfg.cycles + 1) + [*cfg.transfer_k]):
         label = n if n <= cfg.cycles else f"{cfg.cycles}_k{k}"
-        cfg.k = k  # as the files will say
         folder, training = out / f"cycle{label}", before + min(n, cfg.cycles + 1)
         if not folder.exists():
             size = len(core.W_enc) or "0: the plain Matryoshka baseline"
             print(f"cycle {label} of {cfg.cycles}   k {k}   core {size}", flush=True)
             checkpoint = out / f"checkpoint{label}.safetensors"
             sae, dead = train(run, core, k, training, checkpoint)
-            finish(run, core, sae, dead, training, label)
+            finish(run, core, sae, dead, k, training, label)
             checkpoint.unlink()
         rows.append(read_json(folder / "cfg.json")["metadata"]["result"])
         if rows[-1]["core_l0"] > k / 2:

@@ -12,9 +12,8 @@ metric returns a dict of figures, and raises CannotRun where it has no value. In
     X, A = pooled(model, 12, tokenizer, sae, texts)  # for tpp and scr too
     sparse_probing(X, A, labels)
 
-Definitions are those of SAEBench 0.6.0 (Karvonen et al. 2025, arXiv 2503.09532) unless a docstring
-says "ours". They compare activations of latents: decoder rows must have unit norm. Shapes: as in
-dmsae.py; also n words or texts, P probes, V words of the vocabulary.
+Definitions are SAEBench 0.6.0's (Karvonen et al. 2025, arXiv 2503.09532) unless a docstring says
+"ours"; decoder rows must have unit norm. Shapes: dmsae.py's; n words or texts, P probes, V tokens.
 """
 
 import argparse
@@ -115,10 +114,9 @@ def train_epoch(probes, adam, x, y, batch, rng, l1, pos_weight=None):
 
 def train_letter_probes(x, y, batch, weight_decay, l1=0.0, seed=0):
     """A one-vs-rest probe for each letter, positives weighted by negatives / positives: Adam, 50
-    epochs, rate 1e-2 falling to 1e-5. x (n, d), y (n,) in 0..25 -> (26, d + 1)
-
-    Ours: at least 20 batches an epoch, so 1000 steps, as SAEBench's vocabularies give. Few words in
-    batches of 4096 would give its L1 probe 50, and absorption would measure that."""
+    epochs, rate 1e-2 falling to 1e-5. Ours: at least 20 batches an epoch, so 1000 steps, as
+    SAEBench's vocabularies give; few words in batches of 4096 would give its L1 probe 50 steps, and
+    absorption would measure that. x (n, d), y (n,) in 0..25 -> (26, d + 1)"""
     rng = dmsae.generator(seed, "letters")
     is_letter = F.one_hot(y, 26).float()
     rare = len(y) / is_letter.sum(0).clamp_min(1) - 1  # (26,)
@@ -366,8 +364,9 @@ def absorption(model, layer, tokenizer, sae, n_words=10**4, seed=0):
         truth = is_letter[:, c]
         main, main_f1 = main_latents(order, f_train, task.y_train == c, f_test, truth)
         hit = truth & read[:, c]
-        at = f_fresh[hit], task.x_fresh[hit], sae.W_dec, task.probes[c, :-1], main
-        full, fraction = (score.float().mean().item() for score in absorption_scores(*at))
+        probe = task.probes[c, :-1]
+        scores = absorption_scores(f_fresh[hit], task.x_fresh[hit], sae.W_dec, probe, main)
+        full, fraction = (score.float().mean().item() for score in scores)
         row = dict(full_absorption_rate=full, fraction_0_6_0=fraction)
         rows[chr(97 + c)] = row | dict(num_split_features=len(main), main_f1=main_f1)
     out = mean_of([*rows.values()])
@@ -591,8 +590,7 @@ def stability(folder):
 
 def assignment(cost):
     """The row of each column, one to one, of least total cost: (n, m), n <= m, -> (m,), -1 for a
-    column without. Exact, by shortest augmenting paths (Jonker & Volgenant 1987): of n rows each at
-    most n vector operations."""
+    column without. Exact, by augmenting paths (Jonker & Volgenant 1987); n^2 vector operations."""
     price, row_of = np.zeros(cost.shape[1]), np.full(cost.shape[1], -1)
     for row in range(len(cost)):
         distance = cost[row] - price  # of the shortest path to each column,
@@ -667,7 +665,7 @@ def every_figure(report):
 
 
 def headline(report):
-    """[(name, "metric: key", figures of the SAEs)] of the first eight that ran, the last file's."""
+    """[(name, "metric: key", figures of the SAEs)] of the first eight, of the last file."""
     ran = {re.sub(" .*:", ":", at): values for at, values in every_figure(report).items()}
     return [(name, at, ran[at]) for at, name in FIRST.items() if at in ran][:8]
 
@@ -910,7 +908,7 @@ def load(args):
     if args.text:
         known |= dict(text=args.text, separator=None, text_column=None)
     known |= dict(model=models.pop(), device=args.device)
-    known["layer"] = max(cfg["layer"] for cfg in cfgs.values())  # what may be out of range
+    known["layer"] = max(cfg["layer"] for cfg in cfgs.values())  # where this one is, all are
     cfg = Config(**{name: known[name] for name in NEEDED.split() if known.get(name) is not None})
     dmsae.check(cfg)
     saes = [(f, c["layer"], unit_rows(load_sae(f))) for f, c in cfgs.items()]
@@ -947,13 +945,15 @@ def free_path(args):
 
 
 def no_labels():
+    """In place of a metric of labelled texts, where none are given. CannotRun"""
     raise CannotRun("it needs labelled texts: --labelled FILE.csv with columns text and label")
 
 
 def measures(args, model, tokenizer, ids, keep, texts, folder, layer, sae):
     """(name, function, its arguments) of each metric of an SAE."""
     at, seed = (model, layer), args.seeds[0]
-    yield "core", core_metrics, *at, ids, keep, sae.to(model.device)
+    sae.to(model.device)  # one at a time: of Gemma's size each takes 1.2 GB
+    yield "core", core_metrics, *at, ids, keep, sae
     n_words = max(100, args.tokens // 120)  # of about 100 tokens, and a fifth is read twice
     yield "absorption", absorption, *at, tokenizer, sae, n_words, seed
     for kind in ("probing", "tpp", "scr") if not texts else ():
@@ -964,7 +964,7 @@ def measures(args, model, tokenizer, ids, keep, texts, folder, layer, sae):
         yield f"tpp {file}", tpp, X, A, labels, sae.W_dec, args.seeds
         yield f"scr {file}", scr, X, A, labels, spurious, sae.W_dec, args.seeds
     yield "stability", stability, folder
-    sae.cpu()  # the next one needs its place
+    sae.cpu()
 
 
 def run(args):
