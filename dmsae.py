@@ -1,91 +1,84 @@
 """Distilled Matryoshka Sparse Autoencoders (Martin-Linares & Ling 2025, arXiv 2512.24975).
 
-    core = nothing
-    for n in 0 .. cycles:         # training 0 has no core: the plain Matryoshka BatchTopK baseline
-        sae   = a Matryoshka BatchTopK SAE trained from scratch, its first latents the frozen core
-        score = mean |activation x gradient| of each latent of prefix 0, the core included; the
-                gradient is that of the next-token loss at the narrowest nested reconstruction
-        core  = the fewest latents that hold 90 % of the score; their encoder rows travel
+    core = no latents
+    for cycle in range(cycles + 1):             # cycle 0 has no core: the plain baseline
+        sae    = train(core, activations)       # every nested prefix contains the frozen core
+        scores = attribute(model, sae)          # |activation x gradient|, next-token loss
+        core   = select_core(scores, 0.9)       # the fewest latents that hold 90 % of the score;
+                                                # only their encoder rows travel
+    python dmsae.py --demo                      # in miniature: no network, no GPU, four minutes
+    python dmsae.py --cycles 5 --k 64           # Gemma-2-2B, layer 12, 65,536 latents, one GPU
 
-    python dmsae.py --demo                 # in miniature: no network, no GPU, a few minutes
-    python dmsae.py --cycles 5 --k 64      # Gemma-2-2B, layer 12, 65,536 latents, one GPU
+Part 1 is the method, in the plainest code that says it. Part 2 is the loss of Part 1 again, with
+the same results for a fifth of the work. Part 3 is plumbing: the language model, text, files.
 
-For the method read `MatryoshkaSAE`, `loss_and_grad`, `update`, `train`, `attribute`, `select_core`,
-`next_core`, `new_sae`, `distil`. Shapes: B tokens in a batch, T in a context, R contexts, D its
-width, F latents, G nested prefixes, C core latents, M in prefix 0, core too; W_enc, W_dec (F, D).
+Shapes: B tokens in a batch, T tokens in a context, R contexts, D width of the residual stream,
+F latents, C of them in the core, M in the narrowest prefix with the core, d dead, G prefixes,
+n activations that are not zero. Row i of W_enc (F, D) and of W_dec (F, D) belongs to latent i.
+L0 is the mean number of latents that are on at a token; k is the L0 that training aims at.
+An error that a user can fix is a ValueError.
 """
 
 import argparse
 import contextlib
 import glob
-import inspect
 import itertools
 import json
 import math
 import os
-import re
 import sys
 import sysconfig
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, get_args, get_origin
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-
-# ---- Settings: each field of Config is a flag (d_sae is --d-sae), and its default stands only here
-class BadInput(ValueError):
-    """Something that the user can mend: one line, and exit code 2."""
-
-
-@contextlib.contextmanager
-def refusing(what):
-    """Every error inside becomes a BadInput that begins with `what`."""
-    try:
-        yield
-    except Exception as e:  # a dozen unrelated types: transformers', datasets', safetensors', ...
-        raise BadInput(f"{what} ({e if isinstance(e, ValueError) else repr(e)})") from None
+# ==== Part 1: the method =========================================================================
+# ---- 1.1 Settings -------------------------------------------------------------------------------
+PREFIXES = 1 / 32, 3 / 32, 7 / 32, 15 / 32  # those of the Matryoshka paper
+DEMO = dict(layer=1, ctx=128, d_sae=2048, k=16, batch=1024, lr=2e-3, cycles=3)
+DEMO |= dict(tokens=400_000, attribution_tokens=60_000)  # the defaults under --demo
 
 
 @dataclass
 class Config:
-    """All settings. The comment behind a field is the help of its flag."""
+    """All settings. Each field is a flag (d_sae is --d-sae) with its help, lowest and highest."""
 
-    model: str = "google/gemma-2-2b"  # hub name or folder of any AutoModelForCausalLM
-    layer: int = 12  # read and replace the output of this decoder layer, counted from 0
-    dataset: str = "JeanKaddour/minipile"  # hub name, or name:configuration; train is streamed
-    text: str = None  # local .txt, .jsonl or .parquet file, in place of --dataset
-    text_column: str = "text"  # column that holds the text
-    separator: str = None  # string that splits each document further; \n is a new line
-    ctx: int = 1024  # context length in tokens, BOS included
-    d_sae: int = 65536  # number of latents, core included
-    k: int = 64  # active latents per token (L0), on average over a batch
-    prefixes: tuple[float] = (1 / 32, 3 / 32, 7 / 32, 15 / 32)  # inner widths, shares of d_sae
-    tokens: int = 100_000_000  # tokens of each training (the paper: 500_000_000)
-    batch: int = 4096  # tokens per training step
-    lr: float = 3e-4  # peak learning rate of Adam
-    cycles: int = 5  # trainings with a core, after the plain training 0
-    core_sparsity: Literal["gated", "dynamic", "exempt", "compete"] = "gated"  # when the core is on
-    coverage: float = 0.9  # share of the attribution that the core must hold
-    select: Literal["attribution", "frequency", "random"] = "attribution"  # the core, or controls
-    attribution_tokens: int = 1_000_000  # held-out tokens for attribution
-    core: str = None  # core.safetensors to start training 0 with
-    transfer_k: tuple[int] = ()  # then train SAEs of these k around the last core
-    seed: int = 0  # seed of everything random
-    device: str = "auto"  # cuda, cuda:N or cpu; auto is cuda where there is one
-    out: str = None  # run folder; the same command resumes (runs/<model>_k<k>_seed<seed>)
-    checkpoint_minutes: float = 5.0  # minutes between checkpoints, at least
-    cache: str = None  # folder that keeps activations for later trainings and runs
-    demo: bool = False  # miniature settings, and a small Gemma-2 trained on the spot
+    model: Annotated[str, "hub name or folder of an AutoModelForCausalLM"] = "google/gemma-2-2b"
+    layer: Annotated[int, "decoder layer that is read and replaced, from 0", 0, 999] = 12
+    dataset: Annotated[str, "hub name, or name:configuration"] = "JeanKaddour/minipile"
+    text: Annotated[str, "a .txt, .jsonl or .parquet file, in place of --dataset"] = None
+    text_column: Annotated[str, "the column that holds the text"] = "text"
+    separator: Annotated[str, "splits each text into documents; \\n is a new line"] = None
+    ctx: Annotated[int, "context length in tokens, BOS included", 4, 9_999_999] = 1024
+    d_sae: Annotated[int, "number of latents, core included", 2, 99_999_999] = 65536
+    k: Annotated[int, "active latents per token (L0), a mean over the batch", 1, 99_999_999] = 64
+    prefixes: Annotated[tuple[float], "inner widths, as shares of --d-sae", 0, 1] = PREFIXES
+    tokens: Annotated[int, "tokens per training (the paper: 500_000_000)", 1, 10**12] = 100_000_000
+    batch: Annotated[int, "tokens per training step", 1, 99_999_999] = 4096
+    lr: Annotated[float, "peak learning rate of Adam", 1e-9, 1e9] = 3e-4
+    cycles: Annotated[int, "trainings with a core, after the plain training 0", 0, 999] = 5
+    core_sparsity: Annotated[Literal["gated", "dynamic"], "see new_sae"] = "gated"
+    coverage: Annotated[float, "share of the score that the core must hold", 1e-6, 1] = 0.9
+    select: Annotated[Literal["attribution", "frequency", "random"], "see choose"] = "attribution"
+    attribution_tokens: Annotated[int, "held-out tokens for attribution", 1, 10**11] = 1_000_000
+    eval_tokens: Annotated[int, "held-out tokens for evaluation", 1, 10**11] = 131_072
+    core: Annotated[str, "a core.safetensors to start training 0 with"] = None
+    seed: Annotated[int, "seed of everything random"] = 0
+    device: Annotated[str, "cpu, cuda or cuda:N; auto is cuda where there is one"] = "auto"
+    out: Annotated[str, "run folder (runs/MODEL_kK_seedSEED); the same command resumes"] = None
+    checkpoint_minutes: Annotated[float, "minutes between checkpoints, at least", 0, 10**9] = 5.0
+    cache: Annotated[str, "folder that keeps activations for later trainings and runs"] = None
+    demo: Annotated[bool, "small settings, and a small Gemma-2 trained on the spot"] = False
 
     def __post_init__(self):
         name = "demo" if self.demo else Path(self.model).name
@@ -97,203 +90,504 @@ class Config:
             self.text = self.text or f"{self.out}/model/text.jsonl"
 
     def widths(self, n_core=0):
-        """Cumulative prefix widths (G,), a core of n_core latents in each; last d_sae. BadInput"""
-        widths = [n_core, *(n_core + round(p * self.d_sae) for p in self.prefixes), self.d_sae]
-        if widths != sorted({*widths}):
-            room = f"--d-sae {self.d_sae} above a core of {n_core}"
-            raise BadInput(f"--prefixes: shares must ascend within {room}, for example 0.1 0.3")
-        return widths[1:]
+        """Widths of the G prefixes. --prefixes counts what comes on top of the core; the last
+        prefix is the whole SAE. Raises ValueError unless they ascend."""
+        inner = [n_core + round(share * self.d_sae) for share in self.prefixes]
+        edges = [n_core, *inner, self.d_sae]
+        if edges != sorted(set(edges)):
+            room = f"from a core of {n_core} to --d-sae {self.d_sae}"
+            raise ValueError(f"--prefixes: must ascend {room}, for example 0.1 0.3")
+        return edges[1:]
 
 
-DEMO = dict(layer=1, ctx=128, tokens=400_000, attribution_tokens=60_000, cycles=3)
-DEMO |= dict(d_sae=2048, k=16, batch=1024, lr=2e-3)
-KINDS = {".txt": dict(path="text", sample_by="document")}  # what `datasets` calls them
-KINDS |= {".jsonl": dict(path="json"), ".parquet": dict(path="parquet")}
-SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
+# ---- 1.2 The SAE --------------------------------------------------------------------------------
+class MatryoshkaSAE(nn.Module):
+    """A Matryoshka BatchTopK SAE (Bussmann et al. 2025) whose first n_core latents are a core.
+
+    Prefix j consists of the first widths[j] latents, so the core is in all of them. W_enc, W_dec
+    (F, D); b_enc, threshold (F,); b_dec (D,).
+    """
+
+    def __init__(self, d_model, widths, n_core=0, generator=None):
+        super().__init__()
+        self.widths = list(widths)
+        self.n_core = n_core
+        n_latents = self.widths[-1]
+        directions = F.normalize(torch.randn(n_latents, d_model, generator=generator))
+        self.W_enc = nn.Parameter(directions.clone())
+        self.W_dec = nn.Parameter(directions)  # Its rows keep unit norm, see `update`.
+        self.b_enc = nn.Parameter(torch.zeros(n_latents))
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
+        # In use, a latent is on where its pre-activation exceeds its threshold. In training,
+        # BatchTopK decides instead, and the thresholds follow it.
+        self.register_buffer("threshold", torch.zeros(n_latents))
+        # (F,) the number of the narrowest prefix that holds a latent
+        prefix = torch.bucketize(torch.arange(n_latents), torch.tensor(self.widths), right=True)
+        self.register_buffer("prefix", prefix, persistent=False)
+
+    def pre_activations(self, x, width=None):
+        """x (B, D) -> (B, width), of the first latents, by default of all F."""
+        return F.linear(x - self.b_dec, self.W_enc[:width], self.b_enc[:width])
+
+    def encode(self, x, width=None):
+        """x (B, D) -> activations (B, width) in use, by fixed thresholds: the latents of a token
+        do not depend on the other tokens."""
+        if x.ndim != 2:
+            raise ValueError(f"x must be (tokens, D), not {tuple(x.shape)}: try x.flatten(0, -2)")
+        pre = self.pre_activations(x, width)
+        return pre.relu() * (pre > self.threshold[:width])
+
+    def decode(self, acts):
+        """Activations (B, w) of the first w latents -> reconstruction (B, D)."""
+        return acts @ self.W_dec[: acts.shape[1]] + self.b_dec
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def fold_scale(self, scale):
+        """Turn an SAE of scale * x into one of x. Encoder and decoder rows stay as they are."""
+        for tensor in (self.b_enc, self.b_dec, self.threshold):
+            tensor /= scale
 
 
-def parse(argv=None):
-    """Command line -> Config; what cannot be read ends the program with one line."""
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("dmsae.py", formatter_class=defaults, allow_abbrev=False)
-    parser.error = lambda why: parser.exit(2, f"dmsae: {why}; --help shows all flags\n")
-    notes = dict(re.findall(r"(\w+): .* # (.*)", inspect.getsource(Config)))
-    for f in fields(Config):
-        kind, inner = dict(type=f.type), get_args(f.type)
-        if f.type is bool:
-            kind = dict(action="store_true")
-        elif isinstance(f.default, tuple):
-            kind = dict(type=inner[0], nargs="*")
-        elif inner:
-            kind = dict(choices=inner)
-        flags = sorted({"--" + f.name, "--" + f.name.replace("_", "-")})
-        parser.add_argument(*flags, default=f.default, help=notes[f.name], **kind)
-    if "--demo" in (argv or sys.argv):
-        parser.set_defaults(**DEMO)
-    return Config(**vars(parser.parse_args(argv)))
+def shared_budget(n_tokens, k, n_core_active):
+    """How many activations the latents outside the core share in a batch: what the core leaves of
+    n_tokens * k, so that the *total* L0 is k, but at least a tenth of k (ours), so that they learn.
+    """
+    return max(n_tokens * k - n_core_active, n_tokens * max(1, k // 10))
 
 
-def check(cfg):
-    """Refuse settings that cannot work, before anything is downloaded or trained. BadInput"""
-    k = 1, cfg.d_sae - 1, 1  # lowest, highest, one that works
-    limits = dict(d_sae=(2, 99_999_999, 65536), attribution_tokens=(1, 99_999_999_999, 1_000_000))
-    limits |= dict(tokens=(cfg.batch, 999_999_999_999, 1000 * cfg.batch), coverage=(1e-6, 1, 0.9))
-    limits |= dict(ctx=(4, 9_999_999, 128), batch=(1, 99_999_999, 4096), lr=(1e-9, 1e99, 3e-4))
-    limits |= dict(k=k, transfer_k=k, layer=(0, 999, 12), cycles=(0, 999, 5), prefixes=(0, 1, 0.1))
-    for name, (low, high, works) in limits.items():
-        for value in np.atleast_1d(getattr(cfg, name)):
-            if not low <= value <= high:
-                must = f"must be from {low} to {high}, for example {works}"
-                raise BadInput(f"--{name.replace('_', '-')} {value}: {must}")
-    cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # is there room?
-    if cfg.text and not (cfg.demo or Path(cfg.text).suffix in KINDS and Path(cfg.text).is_file()):
-        raise BadInput(f"--text {cfg.text}: must be an existing file in {', '.join(KINDS)}")
-    if Path(cfg.cache or ".").is_file():
-        raise BadInput(f"--cache {cfg.cache}: must be a folder")
-    with refusing(f"--device {cfg.device}: must be cpu, cuda or cuda:N"):
-        torch.empty(0, device=cfg.device)
+def smallest_of_largest(values, n):
+    """The smallest positive one of the n largest values (m,): (); 0 where none is positive."""
+    if len(values) == 0:
+        return values.new_zeros(())
+    largest = values.topk(min(n, len(values)), sorted=False).values
+    return largest.masked_fill(largest <= 0, math.inf).min().nan_to_num(posinf=0)
 
 
-def generator(*key):
-    """A torch.Generator seeded by (seed, training, block, ...): then no random state is saved."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+def batch_topk(pre, threshold, n_core, k):
+    """The activations in training: pre-activations (B, F) -> (B, F), and the smallest one kept
+    outside the core: (), 0 where there is none. A core latent is on above its own threshold. All
+    others compete: the largest in the whole batch are kept (BatchTopK, Bussmann et al. 2024)."""
+    acts = pre.relu()
+    core = acts[:, :n_core] * (pre[:, :n_core] > threshold[:n_core])
+    others = acts[:, n_core:]
+    budget = shared_budget(len(pre), k, int((core > 0).sum()))
+    smallest_kept = smallest_of_largest(others.flatten(), budget)
+    return torch.cat([core, others * (others >= smallest_kept)], 1), smallest_kept
 
 
-# ---- Text: documents -> one stream of token ids on disk -> contexts -----------------------------
-def documents(cfg):
-    """Yield the documents of --text or --dataset in pieces of at most 100,000 characters, cut at
-    white space, so that no long one is tokenised whole. BadInput where it is no text."""
-    from datasets import load_dataset
-
-    path, _, name = cfg.dataset.partition(":")
-    source = dict(path=path, name=name or None)
-    if cfg.text:  # escaped: else t[1].txt is a pattern
-        source = dict(KINDS[Path(cfg.text).suffix], data_files=glob.escape(cfg.text))
-    separator = (cfg.separator or "\0").replace("\\n", "\n")  # a shell's "\n" is two characters
-    with refusing(f"{cfg.text or cfg.dataset}: gave no text from --text-column {cfg.text_column}"):
-        for row in load_dataset(**source, split="train", streaming=True):
-            for document in ("" + (row[cfg.text_column] or "")).split(separator):
-                yield from re.findall(r"(?s).{1,100000}(?=\s|$)|.{1,100000}", document)
+# ---- 1.3 The loss -------------------------------------------------------------------------------
+def nested_loss(x, x_hats):
+    """Squared error, summed over the prefixes with equal weights (the paper), mean over tokens: ().
+    x (B, D), x_hats (B, G, D). Divided by G * D (ours): so it starts near 1 for any G and D."""
+    return F.mse_loss(x_hats, x[:, None].expand_as(x_hats))
 
 
-def tokenize(docs, tokenizer, bos, limit, path, vocabulary):
-    """Write docs (an iterator, none may hold BOS) as doc BOS doc BOS ... to path: at most `limit`
-    int32 ids, below `vocabulary`. Resumes: skips as many documents as path.part holds. BadInput"""
-    with written_whole(path) as part, open(part, "ab") as f:
-        ends = np.flatnonzero(np.fromfile(part, np.int32) == bos) + 1  # of whole documents
-        limit -= f.truncate(4 * max(ends, default=0)) // 4
-        for _ in ends:
-            next(docs, None)
-        while limit > 0 and (some := list(itertools.islice(docs, 32))):
-            ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
-            flat = [i for doc in ids if doc for i in (*doc, bos)][:limit]
-            if max(flat, default=0) >= vocabulary:
-                raise BadInput(f"token id {max(flat)}: the model has only {vocabulary} embeddings")
-            f.write(np.array(flat, np.int32).tobytes())
-            limit -= len(flat)
+def dead_latent_loss(residual, pre_dead, W_dead):
+    """How badly dead latents alone explain what the living left over (AuxK, Gao et al. 2024): ().
+
+    residual (B, D), pre_dead (B, d) pre-activations, W_dead (d, D) decoder rows. A token uses its
+    D / 2 largest ones. The squared error is divided by the residual's variance."""
+    if len(residual) == 1:
+        return residual.new_zeros(())  # One token has no variance.
+    top = pre_dead.relu().topk(min(len(W_dead), residual.shape[1] // 2), sorted=False)
+    acts = torch.zeros_like(pre_dead).scatter(1, top.indices, top.values)  # (B, d)
+    error = (acts @ W_dead - residual).square().sum()
+    variance = (residual - residual.mean(0)).square().sum()
+    return error / variance.clamp_min(1e-30)
 
 
-@dataclass
-class Text:
-    """Contexts of token ids. The first n_eval are held out for evaluation, the next n_attribution
-    for attribution: a core must not be judged on the tokens that chose it."""
+def training_loss(sae, x, k, dead):
+    """The loss of a batch x (B, D), as the paper defines it. dead (d,): indices of dead latents.
 
-    rows: np.ndarray  # (R, T - 1) int32, memory-mapped; a context is BOS and a row
-    bos: int
-    special: torch.Tensor  # BOS, EOS, PAD: Gemma's BOS is so large that an SAE learns nothing else
-    n_eval: int
-    n_attribution: int
-
-    def contexts(self, places):
-        """Contexts at `places`: ids (R, T), BOS first; keep (R, T), where the SAE works."""
-        ids = torch.from_numpy(self.rows[places].astype(np.int64))
-        ids = F.pad(ids, (1, 0), value=self.bos)
-        return ids, ~torch.isin(ids, self.special)
-
-    def held_out(self):
-        """Contexts (ids, keep) for evaluation, and for attribution."""
-        n = self.n_eval
-        return self.contexts(slice(n)), self.contexts(slice(n, n + self.n_attribution))
-
-    def block(self, number, n, seed):
-        """The n contexts of training block `number`. At its end the text starts again."""
-        held = self.n_eval + self.n_attribution
-        order = torch.randperm(len(self.rows) - held, generator=generator(seed, "contexts"))
-        places = np.arange(number * n, (number + 1) * n) % len(order)
-        return self.contexts(held + order.numpy()[places])
+    Returns the loss (), how often each latent fired (F,), and the smallest activation kept ().
+    `train` calls `fast_training_loss` of Part 2, which takes and returns the same. To try another
+    loss, change this function and name it in `train`: that is all.
+    """
+    pre = sae.pre_activations(x)  # (B, F)
+    acts, smallest_kept = batch_topk(pre, sae.threshold, sae.n_core, k)
+    # Each prefix adds its own latents to the reconstruction of the one before.
+    edges = [0, *sae.widths]
+    parts = [acts[:, a:b] @ sae.W_dec[a:b] for a, b in itertools.pairwise(edges)]
+    x_hats = torch.stack(parts, 1).cumsum(1) + sae.b_dec  # (B, G, D)
+    loss = nested_loss(x, x_hats)
+    if len(dead):
+        # detach(): the dead-latent loss must not move the living.
+        residual = (x - x_hats[:, -1]).detach()
+        aux = dead_latent_loss(residual, pre[:, dead], sae.W_dec[dead])
+        loss = loss + aux / 32  # the weight of Gao et al.
+    return loss, (acts > 0).sum(0), smallest_kept.detach()
 
 
-def open_text(cfg, model, tokenizer, folder):
-    """The text as contexts; tokenized once, into FOLDER/tokens.bin. BadInput"""
-    ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    special = [i for i in ids if i is not None]
-    if not special:
-        raise BadInput(f"--model {cfg.model}: its tokenizer has neither a BOS nor an EOS token")
-    path, width = Path(f"{folder}/tokens.bin"), cfg.ctx - 1
-    n_eval, n_attribution = math.ceil(131072 / width), math.ceil(cfg.attribution_tokens / width)
-    if not path.exists():
-        limit = int(1.02 * cfg.tokens) + (n_eval + n_attribution) * width  # 2 %: block ends, BOS
-        docs = iter(tqdm(documents(cfg), "tokenise", disable=None))
-        tokenize(docs, tokenizer, special[0], limit, path, len(model.get_input_embeddings().weight))
-    n = path.stat().st_size // 4 // width
-    if n < 3:
-        path.unlink()
-        source = f"{cfg.text or cfg.dataset} as {path}"
-        raise BadInput(f"{source}: holds less than three contexts of {cfg.ctx}; removed, try again")
-    rows = np.memmap(path, np.int32, "r", shape=(n, width))
-    print(f"text: {rows.size} tokens in {(rows == special[0]).sum()} documents")
-    held = max(2, min(n_eval + n_attribution, n // 10))  # of a short text a tenth
-    n_eval = min(n_eval, held // 2)
-    return Text(rows, special[0], torch.tensor(special), n_eval, held - n_eval)
-
-
-# ---- The language model: read a layer, replace a layer ------------------------------------------
-def load_model(cfg):
-    """The frozen language model, its tokenizer, and the fingerprint of `check_model`. BadInput"""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    words = dict(dtype=torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32)
-    advice = "try --demo, or accept its licence on huggingface.co and run `hf auth login`"
-    with refusing(f"--model {cfg.model}: cannot be used; if it was not found, {advice}"):
-        lm = AutoConfig.from_pretrained(cfg.model).get_text_config()
-        if getattr(lm, "attn_logit_softcapping", None):
-            words["attn_implementation"] = "eager"  # SDPA silently drops Gemma-2's soft-capping
-        last, longest = lm.num_hidden_layers - 1, getattr(lm, "max_position_embeddings", cfg.ctx)
-        if cfg.layer > last or cfg.ctx > longest:
-            raise BadInput(f"--layer {cfg.layer} --ctx {cfg.ctx}: at most {last} and {longest}")
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        model = AutoModelForCausalLM.from_pretrained(cfg.model, **words)
-        model = model.to(cfg.device).eval().requires_grad_(False)
-        return model, tokenizer, check_model(model, tokenizer, cfg.layer, cfg.ctx)
+# ---- 1.4 Training one SAE -----------------------------------------------------------------------
+@torch.no_grad()
+def update(sae, adam, lr):
+    """One step of the optimiser. Encoder rows of the core stay, decoder rows keep unit norm."""
+    sae.W_enc.grad[: sae.n_core] = 0  # Adam without weight decay then leaves them bit for bit.
+    # The part of a gradient along its row would only change the norm, which is reset below.
+    along = torch.linalg.vecdot(sae.W_dec.grad, sae.W_dec)  # (F,)
+    sae.W_dec.grad.addcmul_(along[:, None], sae.W_dec, value=-1)
+    adam.param_groups[0]["lr"] = lr
+    adam.step()
+    adam.zero_grad()
+    sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
 
 
 @torch.no_grad()
-def check_model(model, tokenizer, layer, ctx):
-    """Refuse a model that is not finite or not causal, by two contexts whose last halves differ.
-    Returns its fingerprint (D,): the layer's output at the end of a sentence. BadInput"""
-    sentence = tokenizer("What is useful again and again stays.")["input_ids"][:ctx]
-    ids = torch.tensor(sentence, device=model.device).repeat(2, ctx)[:, :ctx]
-    ids[1, ctx // 2 :] = ids[1, 0]
-    x = residual_stream(model, layer, ids)
-    shape = 2, ctx, model.config.get_text_config().hidden_size
-    if x.shape != shape:
-        raise BadInput(f"layer {layer} gives {tuple(x.shape)}, not {shape}")
-    if not spliced_loss(model, layer, ids, ids >= 0, lambda x: x).isfinite():
-        raise BadInput("its loss is not finite")
-    if not torch.allclose(*x[:, : ctx // 2], 0.05, 0.05 * x.std().item()):
-        raise BadInput("a token changes the layer's output before it: no causal language model")
-    return x[0, len(sentence) - 1].tolist()
+def update_threshold(sae, smallest_kept, step):
+    """Let the thresholds outside the core follow the smallest activation kept: a running mean
+    over the last tenth of the steps so far, over 100 at most (our choice)."""
+    weight = min(1, max(0.01, 10 / (step + 1)))
+    sae.threshold[sae.n_core :].lerp_(smallest_kept, weight)
 
 
-def same_model(a, b):
-    """Whether two fingerprints are of one model; another GPU's rounding passes."""
-    return len(a) == len(b) and math.dist(a, b) < 0.05 * math.hypot(*a)
+def learning_rate(step, steps, peak):
+    """Rises over 1000 steps (in a short training over a tenth of them), stays, and falls to 0
+    over the last fifth."""
+    warm_up = min(1000, steps // 10 or 1)
+    return peak * min(1, (step + 1) / warm_up, 5 * (steps - step) / steps)
+
+
+def train(run, core, cycle, journal):
+    """Train an SAE from scratch around `core`. Returns it, for activations as they come from the
+    model, and the share of its latents that are dead. `journal` changes no number: it prints, and
+    lets a killed training go on."""
+    cfg = run.cfg
+    steps = cfg.tokens // cfg.batch
+    dead_after = min(10_000_000, cfg.tokens // 10)  # tokens: Gao et al. 2024; the tenth is ours
+    batches = run.batches(cycle, *journal.saved["place"])
+    x, place = next(batches)  # (B, D), and where the batch after it is found
+    sae = new_sae(cfg, core, x, run.scale, cycle)
+    adam = torch.optim.Adam(sae.parameters(), eps=1e-12, fused=True)  # Our gradients are small.
+    silent = torch.zeros(cfg.d_sae, dtype=torch.int64, device=x.device)  # tokens since it fired
+    journal.restore(sae, adam, silent)
+    first = journal.saved["step"]
+    for step in tqdm(range(first, steps), f"cycle {journal.cycle}", disable=None):
+        if step % 10 == 0:
+            # nonzero() makes a GPU wait, so we look for dead latents every 10 steps only.
+            dead = (silent >= dead_after).nonzero()[:, 0]
+        # TF32 for the SAE alone: some language models compute angles that it would ruin.
+        torch.set_float32_matmul_precision("high")
+        loss, fired, smallest_kept = fast_training_loss(sae, x, cfg.k, dead)
+        loss.backward()
+        torch.set_float32_matmul_precision("highest")
+        update(sae, adam, learning_rate(step, steps, cfg.lr))
+        update_threshold(sae, smallest_kept, step)
+        silent.add_(len(x)).masked_fill_(fired > 0, 0)
+        silent[: sae.n_core] = 0  # The core is never dead: its encoder rows are frozen.
+        journal.after_step(step + 1, place, loss.detach(), fired, len(dead))
+        if step + 1 < steps:
+            x, place = next(batches)
+    sae.fold_scale(run.scale)
+    return sae, (silent >= dead_after).float().mean().item()
+
+
+# ---- 1.5 Attribution: which latents does the language model need? --------------------------------
+def attribute(model, layer, ids, keep, sae):
+    """Score of each latent of the narrowest prefix, the core included, and the share of tokens at
+    which it is on: (M,), (M,). Measured on contexts ids (R, T) where keep (R, T).
+
+    The layer's output is replaced by the narrowest reconstruction x_hat (the paper), for the core
+    has to be useful without the finer latents. To first order, switching latent i off at a token
+    changes the next-token loss by   a_i = activation_i * <dLoss / dx_hat, W_dec_i>.
+    The score is the mean of |a_i| over tokens (our choice)."""
+    W_dec = sae.W_dec[: sae.widths[0]].detach()  # (M, D)
+    total = torch.zeros(len(W_dec), dtype=torch.float64, device=W_dec.device)
+    on = torch.zeros_like(total)
+    acts = x_hat = None
+
+    def replace(x):
+        nonlocal acts, x_hat
+        acts = sae.encode(x, len(W_dec)).detach()  # (B, M)
+        x_hat = sae.decode(acts).detach().requires_grad_()  # (B, D)
+        return x_hat
+
+    for part in in_parts(model, ids, keep):
+        loss = spliced_loss(model, layer, *part, replace)
+        (gradient,) = torch.autograd.grad(loss, x_hat)  # (B, D)
+        attribution = acts * (gradient @ W_dec.T)  # (B, M)
+        total += attribution.abs().sum(0, dtype=torch.float64)
+        on += (acts > 0).sum(0)
+    n_tokens = int(keep.sum())
+    return (total / n_tokens).cpu(), (on / n_tokens).float().cpu()
+
+
+# ---- 1.6 The core -------------------------------------------------------------------------------
+def select_core(scores, coverage):
+    """The fewest latents that hold `coverage` of the total score, best first: (M,) -> (C,).
+    Raises ValueError where there is no score to share out."""
+    value, order = scores.double().sort(descending=True, stable=True)
+    so_far = value.cumsum(0)  # It rises to the total.
+    total = so_far[-1]
+    if not 0 < total < math.inf:
+        raise ValueError(f"no core can be selected: the scores sum to {total}; try more --tokens")
+    # + 1: the latent that crosses the line belongs to the core.
+    return order[: int((so_far < coverage * total).sum()) + 1]
+
+
+def choose(cfg, scores, density, cycle):
+    """The next core: (C,) of the M candidates with these scores and densities (M,). As controls,
+    cfg.select ranks them by frequency or at random; the core is as large as by attribution."""
+    noise = torch.rand(len(scores), generator=generator(cfg.seed, cycle, "core"))
+    rank_by = dict(attribution=scores, frequency=density, random=noise)[cfg.select]
+    size = len(select_core(scores, cfg.coverage))
+    return rank_by.argsort(descending=True, stable=True)[:size]
+
+
+@dataclass
+class Core:
+    """What travels from one training to the next. Core(torch.zeros(0, D)) is that of cycle 0."""
+
+    W_enc: torch.Tensor  # (C, D) the frozen encoder rows: all that travels in the paper
+    bias: torch.Tensor = torch.zeros(0)  # (C,) b_enc - W_enc b_dec at birth, for `gated`
+    threshold: torch.Tensor = torch.zeros(0)  # (C,) at birth, for `gated`
+    # The history. Rows are frozen, so a latent's identity is exact: no matching is needed.
+    birth: torch.Tensor = torch.zeros(0, 2).long()  # (C, 2) the training, and its index there
+    votes: torch.Tensor = torch.zeros(0).long()  # (C,) how many trainings selected it
+    score: torch.Tensor = torch.zeros(0)  # (C,) at the last selection
+    density: torch.Tensor = torch.zeros(0)  # (C,) the share of tokens at which it was on
+    index: torch.Tensor = torch.zeros(0).long()  # (C,) its row in the SAE it was selected from
+
+
+@torch.no_grad()
+def next_core(core, sae, chosen, scores, density, cycle):
+    """The core after a training: the latents `chosen` (C,) of M candidates, which are the old
+    core, with its history, and the rest of the narrowest prefix. scores, density (M,)."""
+    new = torch.arange(len(core.W_enc), sae.widths[0])
+    W_enc = sae.W_enc.cpu()[new]
+    candidates = Core(
+        W_enc=torch.cat([core.W_enc, W_enc]),
+        bias=torch.cat([core.bias, sae.b_enc.cpu()[new] - W_enc @ sae.b_dec.cpu()]),
+        threshold=torch.cat([core.threshold, sae.threshold.cpu()[new]]),
+        birth=torch.cat([core.birth, F.pad(new[:, None], (1, 0), value=cycle)]),
+        votes=torch.cat([core.votes, torch.zeros_like(new)]) + 1,
+        score=scores.float(),
+        density=density,
+        index=torch.arange(len(scores)),
+    )
+    return Core(*(tensor[chosen] for tensor in vars(candidates).values()))
+
+
+@torch.no_grad()
+def new_sae(cfg, core, x, scale, cycle):
+    """A fresh SAE around the core. x (B, D) is a first batch, already multiplied by `scale`.
+
+    Only the core's encoder rows are taken over; everything else is initialised anew (the paper).
+    What is selected again has then proved useful among new neighbours. By cfg.core_sparsity, a
+    core latent is on where its pre-activation
+    dynamic (the paper): is above 0, with a new bias;
+    gated (our addition): is above the gate of its birth. Its bias is trained on from there."""
+    n_core = len(core.W_enc)
+    random = generator(cfg.seed, cycle, "init")
+    sae = MatryoshkaSAE(x.shape[1], cfg.widths(n_core), n_core, random).to(x.device)
+    sae.b_dec.copy_(x.mean(0))
+    sae.W_enc[:n_core] = core.W_enc
+    sae.W_dec[:n_core] = F.normalize(core.W_enc)  # our choice
+    if cfg.core_sparsity == "gated":
+        # The same function of x as at birth, around the new b_dec.
+        sae.b_enc[:n_core] = core.bias.to(x) * scale + sae.W_enc[:n_core] @ sae.b_dec
+        sae.threshold[:n_core] = core.threshold * scale
+    # A first threshold: without it, half of B x F entries would be candidates in the first step.
+    others = sae.pre_activations(x[:64])[:, n_core:]
+    sae.threshold[n_core:] = 0.9 * smallest_of_largest(others.flatten(), len(others) * cfg.k)
+    return sae
+
+
+# ---- 1.7 Evaluation, and the distillation cycles ------------------------------------------------
+@torch.no_grad()
+def evaluate(sae, x):
+    """Of activations x (N, D): fvu, the fraction of variance unexplained by each of the G
+    prefixes; l0 and core_l0, how many latents, and how many of the core, are on per token."""
+    errors = 0  # (G,)
+    on = 0  # (F,)
+    for some in x.split(4096):
+        acts = sae.encode(some)  # (B, F)
+        x_hats = torch.stack([sae.decode(acts[:, :width]) for width in sae.widths])  # (G, B, D)
+        errors += (some - x_hats).double().square().sum((1, 2))
+        on += (acts > 0).sum(0) / len(x)
+    fvu = errors / (x - x.mean(0)).double().square().sum()
+    return dict(fvu=fvu.tolist(), l0=on.sum().item(), core_l0=on[: sae.n_core].sum().item())
+
+
+def distil(run):
+    """Train, attribute, select; then again around what was selected. Each cycle leaves a folder
+    with its SAE and the core selected from it; where that is there, it is not trained again."""
+    cfg = run.cfg
+    core = run.first_core
+    results = []
+    for cycle in range(cfg.cycles + 1):
+        folder = Path(cfg.out) / f"cycle{cycle}"
+        if not folder.exists():
+            size = len(core.W_enc) or "0: the plain Matryoshka baseline"
+            print(f"cycle {cycle} of {cfg.cycles}   k {cfg.k}   core {size}", flush=True)
+            number = run.first_training + cycle
+            journal = Journal(cfg, cycle)
+            sae, dead = train(run, core, number, journal)
+            scores, density = attribute(run.model, cfg.layer, *run.for_attribution, sae)
+            chosen = choose(cfg, scores, density, number)
+            kept = int((chosen < len(core.W_enc)).sum())
+            dropped = len(core.W_enc) - kept
+            core = next_core(core, sae, chosen, scores, density, number)
+            result = evaluate(sae, harvest(run.model, cfg.layer, *run.for_evaluation).float())
+            ce = mean_loss(run.model, cfg.layer, *run.for_evaluation, sae)
+            recovered = (run.ce_zero - ce) / (run.ce_zero - run.ce_original)
+            result |= dict(cycle=cycle, core=len(chosen), kept=kept, new=len(chosen) - kept)
+            result |= dict(dropped=dropped, ce=ce, ce_recovered=recovered, dead=dead)
+            save_cycle(run, folder, number, sae, core, result | dict(tokens=cfg.tokens))
+            journal.log(result)
+            journal.path.unlink()
+        core, _ = load_core(folder / "core.safetensors")
+        results.append(read_json(folder / "cfg.json")["metadata"]["result"])
+        core_l0 = results[-1]["core_l0"]
+        if core_l0 > cfg.k / 2:
+            print(f"warning: the core alone has L0 {core_l0:.1f}, above half of k {cfg.k}")
+    print_table(results, core)
+    print(f"SAEs and cores are in {cfg.out}/cycle*; next: python eval.py {cfg.out}")
+
+
+# ==== Part 2: the same loss, fast ================================================================
+# Of the B x F activations only about B * k are not zero. The product with the encoder has to be
+# dense, because nobody knows the largest entries before. All that follows is a sum of rows:
+#   decoding:         x_hat[token]   = sum over its active latents of activation * W_dec[latent]
+#   encoder gradient: grad_W[latent] = sum over the tokens where it is on of gradient * x[token]
+# Both are a `segment_sum`, once by token and once by latent. No B x F tensor has a gradient.
+def segment_sum(table, index, weight, segment, n_segments):
+    """out[s] = the sum of weight[i] * table[index[i]] over all i with segment[i] == s.
+    table (m, D); index, segment (n,), where segment ascends; weight (n,), or None for 1. Returns
+    (n_segments, D). The order of the sum is fixed, so that a GPU repeats it."""
+    starts = torch.searchsorted(segment, torch.arange(n_segments, device=segment.device))
+    return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weight)
+
+
+class EncodeAt(torch.autograd.Function):
+    """The pre-activations at (row, col), which are known already: value (n,). In the backward
+    pass W_enc, b_enc and b_dec get the gradients that dense autograd would give."""
+
+    @staticmethod
+    def forward(ctx, W_enc, b_enc, b_dec, x, value, row, col):
+        ctx.save_for_backward(W_enc, b_dec, x, row, col)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        W_enc, b_dec, x, row, col = ctx.saved_tensors
+        col, by_latent = col.sort(stable=True)  # Each latent's entries are now one segment.
+        row = row[by_latent]
+        grad_W_enc = segment_sum(x - b_dec, row, grad[by_latent], col, len(W_enc))  # (F, D)
+        grad_b_enc = segment_sum(grad[:, None], by_latent, None, col, len(W_enc))[:, 0]  # (F,)
+        grad_b_dec = -grad_b_enc @ W_enc  # b_dec enters each pre-activation as -W_enc b_dec.
+        return grad_W_enc, grad_b_enc, grad_b_dec, None, None, None, None
+
+
+def sparse_topk(pre, threshold, n_core, k):
+    """`batch_topk` as its entries that are not zero: value, row, col, (n,) each, ordered by row;
+    and the smallest one outside the core."""
+    # To sort all B x F entries is slow. Nearly all that will be kept lie above the running
+    # threshold, so we look there first, and then lower. The last pass is always right.
+    at_least = threshold.clamp_min(0)
+    bound = at_least[n_core:].max()  # one for all that compete
+    for share in (0.95, 0.7, 0.0):
+        at_least[n_core:] = share * bound
+        row, col = (pre > at_least).nonzero(as_tuple=True)
+        in_core = col < n_core
+        n_core_active = int(in_core.sum()) if n_core else 0
+        budget = shared_budget(len(pre), k, n_core_active)
+        if len(row) - n_core_active >= budget:
+            break
+    value = pre[row, col]
+    smallest_kept = smallest_of_largest(value.masked_fill(in_core, 0), budget)
+    kept = (in_core | (value >= smallest_kept)).nonzero()[:, 0]
+    return value[kept], row[kept], col[kept], smallest_kept
+
+
+def nested_decode(value, row, col, sae, n_tokens):
+    """The reconstruction by each prefix, (B, G, D), from the entries value, row, col (n,). Each
+    latent is decoded once, into the narrowest prefix that has it; then the prefixes add up."""
+    n_prefixes = len(sae.widths)
+    segment = row * n_prefixes + sae.prefix[col]  # It ascends: entries are ordered by row and col.
+    parts = segment_sum(sae.W_dec, col, value, segment, n_tokens * n_prefixes)
+    return parts.view(n_tokens, n_prefixes, -1).cumsum(1) + sae.b_dec
+
+
+def fast_training_loss(sae, x, k, dead):
+    """`training_loss` for less work: the same arguments, and the same results to 1e-12."""
+    with torch.no_grad():
+        pre = sae.pre_activations(x)  # (B, F)
+        value, row, col, smallest_kept = sparse_topk(pre, sae.threshold, sae.n_core, k)
+    del pre  # the only large tensor
+    value = EncodeAt.apply(sae.W_enc, sae.b_enc, sae.b_dec, x, value, row, col)
+    x_hats = nested_decode(value, row, col, sae, len(x))
+    loss = nested_loss(x, x_hats)
+    if len(dead):
+        # Dead latents need many entries per token: their rows are taken out, for dense products.
+        residual = (x - x_hats[:, -1]).detach()
+        W_enc, b_enc, W_dec = (p.index_select(0, dead) for p in (sae.W_enc, sae.b_enc, sae.W_dec))
+        pre_dead = F.linear(x - sae.b_dec, W_enc, b_enc)  # (B, d)
+        loss = loss + dead_latent_loss(residual, pre_dead, W_dec) / 32
+    fired = torch.zeros(len(sae.W_enc), dtype=torch.int64, device=x.device)
+    fired.index_add_(0, col, torch.ones_like(col))
+    return loss, fired, smallest_kept
+
+
+# ==== Part 3: plumbing ===========================================================================
+# ---- 3.1 The language model: read a layer, replace a layer --------------------------------------
+def load_model(cfg):
+    """The frozen language model and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    advice = "if it was not found, try --demo, or accept its licence and run `hf auth login`"
+    options = dict(dtype=torch.bfloat16 if "cuda" in cfg.device else torch.float32)
+    with refusing(f"--model {cfg.model}: cannot be used; {advice}"):
+        lm = AutoConfig.from_pretrained(cfg.model).get_text_config()
+        last = lm.num_hidden_layers - 1
+        longest = getattr(lm, "max_position_embeddings", cfg.ctx)
+        if cfg.layer > last or cfg.ctx > longest:
+            raise ValueError(f"--layer {cfg.layer} --ctx {cfg.ctx}: at most {last} and {longest}")
+        if getattr(lm, "attn_logit_softcapping", None):
+            # PyTorch's own attention silently leaves out Gemma-2's soft-capping.
+            options["attn_implementation"] = "eager"
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            cfg.model, output_loading_info=True, **options
+        )
+        model = loaded[0].to(cfg.device).eval().requires_grad_(False)
+        missing = sorted(loaded[1]["missing_keys"])
+        if missing:  # They would be drawn at random, and anew at each start.
+            raise ValueError(f"it lacks the weights {missing[:3]}")
+        sentence = tokenizer("What is useful again and again stays.", return_tensors="pt")
+        loss = mean_loss(
+            model, cfg.layer, sentence["input_ids"], sentence["input_ids"] >= 0, nn.Identity()
+        )
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of a sentence is {loss}")
+        return model, tokenizer
+
+
+def checksum(model, tokenizer):
+    """8 hex digits over the vocabulary, all weights, and their names: no other model has them.
+    Weights count as bfloat16, so that neither device nor dtype matters."""
+    crc = zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())
+    for name, weight in model.named_parameters():
+        bits = weight.detach().to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy()
+        crc = zlib.crc32(bits, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def special_tokens(tokenizer):
+    """The ids of BOS, EOS and PAD, those that there are. The first begins every context."""
+    ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    special = [i for i in ids if i is not None]
+    if not special:
+        raise ValueError("--model: its tokenizer has neither a BOS nor an EOS token")
+    return special
 
 
 def decoder_layers(model):
     """The ModuleList of decoder layers, whatever the architecture calls it."""
     n = model.config.get_text_config().num_hidden_layers
-    modules = model.get_decoder().modules()  # a vision tower may have as many
+    modules = model.get_decoder().modules()  # A vision tower may have as many layers.
     return next(m for m in modules if isinstance(m, nn.ModuleList) and len(m) == n)
 
 
@@ -310,13 +604,13 @@ def spliced(model, layer, edit):
 
 @torch.no_grad()
 def residual_stream(model, layer, ids):
-    """Output of decoder layer `layer` (resid_post) for ids (R, T): (R, T, D)."""
+    """The output of decoder layer `layer` (resid_post) for ids (R, T): (R, T, D)."""
 
     class Reached(Exception):
-        pass  # it carries h out of the model, so that later layers and the head never run
+        pass
 
     def stop(h):
-        raise Reached(h)
+        raise Reached(h)  # out of the model, so that later layers and the head never run
 
     try:
         with spliced(model, layer, stop):
@@ -325,474 +619,376 @@ def residual_stream(model, layer, ids):
         return reached.args[0]
 
 
+def in_parts(model, ids, keep, tokens=1024):
+    """Contexts ids and keep (R, T), about `tokens` at a time but at least one context, on the
+    model's device. Shows a progress bar where it takes over 5 seconds."""
+    n = max(1, tokens // ids.shape[1])
+    parts = zip(ids.to(model.device).split(n), keep.to(model.device).split(n), strict=True)
+    return tqdm(parts, "model", math.ceil(len(ids) / n), leave=False, delay=5, disable=None)
+
+
 def harvest(model, layer, ids, keep):
-    """Residual stream of ids (R, T) where keep (R, T): (tokens, D), in the model's dtype."""
+    """The residual stream of ids (R, T) where keep (R, T): (tokens, D), in the model's dtype."""
     parts = in_parts(model, ids, keep, 4096)
     return torch.cat([residual_stream(model, layer, ids)[keep] for ids, keep in parts])
 
 
 def spliced_loss(model, layer, ids, keep, replace):
-    """Next-token loss of ids (R, T) in nats, summed over the positions keep (R, T), where the
+    """The next-token loss of ids (R, T) in nats, summed over the positions keep (R, T), where the
     layer's output x (tokens, D) at these positions is replaced by replace(x)."""
+    at_least_float32 = torch.promote_types(model.dtype, torch.float32)
 
     def edit(h):
-        x = h[keep].to(torch.promote_types(h.dtype, torch.float32))
-        return h.masked_scatter(keep[..., None], replace(x).to(h.dtype))
+        x_hat = replace(h[keep].to(at_least_float32))
+        return h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
 
     with spliced(model, layer, edit):
         logits = model(ids, use_cache=False).logits[:, :-1][keep[:, :-1]]  # (tokens, vocabulary)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, ids[:, 1:][keep[:, :-1]], reduction="sum")
-
-
-def in_parts(model, ids, keep, tokens=1024):
-    """ids and keep (R, T), some tokens at a time: of 1024, Gemma's float32 logits take 1 GiB."""
-    n = max(1, tokens // ids.shape[1])
-    return zip(ids.to(model.device).split(n), keep.to(model.device).split(n), strict=True)
+    following = ids[:, 1:][keep[:, :-1]]
+    # In float32, the logits of 1024 tokens of Gemma take 1 GiB. So they are converted in parts.
+    parts = zip(logits.split(1024), following.split(1024), strict=True)
+    return sum(F.cross_entropy(a.to(at_least_float32), b, reduction="sum") for a, b in parts)
 
 
 @torch.no_grad()
 def mean_loss(model, layer, ids, keep, replace):
-    """spliced_loss in nats a token, over any number of contexts."""
+    """spliced_loss in nats per token, over any number of contexts: a float."""
     parts = in_parts(model, ids, keep)
     total = sum(spliced_loss(model, layer, *part, replace) for part in parts)
-    return (total / keep[:, :-1].sum()).item()
+    return float(total / keep[:, :-1].sum())
 
 
-# ---- The sparse step: only n = B*k of B x F activations are not zero, so sums of n rows suffice --
-class SparseActs(NamedTuple):
-    """The active entries of activations (B, F), in the order of row (token), then col (latent)."""
-
-    value: torch.Tensor  # (n,)
-    row: torch.Tensor  # (n,)
-    col: torch.Tensor  # (n,)
+# ---- 3.2 Text -----------------------------------------------------------------------------------
+LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # of the package `datasets`
 
 
-def segment_sum(table, index, weight, segment, n_segments):
-    """out[s] = sum of weight[i] * table[index[i]] over segment[i] == s; segment (n,) ascends."""
-    starts = torch.searchsorted(segment, torch.arange(n_segments, device=segment.device))
-    return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weight)
+def documents(cfg):
+    """Yield the documents of --text or --dataset."""
+    from datasets import load_dataset
+
+    path, _, name = cfg.dataset.partition(":")
+    source = dict(path=path, name=name or None)
+    if cfg.text:
+        # glob.escape: else the file name t[1].txt would be a pattern.
+        source = dict(path=LOADERS[Path(cfg.text).suffix], data_files=glob.escape(cfg.text))
+    if source["path"] == "text":
+        source["sample_by"] = "document"  # The default, a line, loses the line breaks.
+    # A shell hands \n over as two letters. The default, a zero byte, splits no text.
+    separator = (cfg.separator or "\0").replace("\\n", "\n")
+    with refusing(f"{cfg.text or cfg.dataset}: gave no text from --text-column {cfg.text_column}"):
+        for row in load_dataset(**source, split="train", streaming=True):
+            text = row[cfg.text_column] or ""  # An empty text may be None.
+            yield from str.split(text, separator)
 
 
-class EncodeAt(torch.autograd.Function):
-    """((x - b_dec) W_enc^T + b_enc)[row, col]: (n,), equal to acts.value, which was computed so.
-    W_enc, b_enc, b_dec get dense autograd's gradients, without a B x F tensor; x gets none."""
-
-    @staticmethod
-    def forward(ctx, W_enc, b_enc, b_dec, x, acts):
-        ctx.save_for_backward(W_enc, b_dec, x, acts.row, acts.col)
-        return acts.value.clone()
-
-    @staticmethod
-    def backward(ctx, grad):  # (n,)
-        W_enc, b_dec, x, row, col = ctx.saved_tensors
-        col, order = col.sort(stable=True)  # each latent's entries are then one segment
-        g_W_enc = segment_sum(x - b_dec, row[order], grad[order], col, len(W_enc))  # (F, D)
-        g_b_enc = segment_sum(grad[:, None], order, None, col, len(W_enc)).flatten()  # (F,)
-        return g_W_enc, g_b_enc, -g_b_enc @ W_enc, None, None
-
-
-def nested_decode(acts, W_dec, b_dec, edges, B):
-    """Reconstructions by each prefix, (B, G, D). Every latent is decoded once, into the narrowest
-    prefix that holds it; then sums run over the prefixes, whose widths are edges (G,)."""
-    G = len(edges)
-    segment = acts.row * G + torch.bucketize(acts.col, edges, right=True)  # ascends, as acts do
-    parts = segment_sum(W_dec, acts.col, acts.value, segment, B * G).view(B, G, -1)
-    return parts.cumsum(1) + b_dec
-
-
-# ---- The SAE and its losses ---------------------------------------------------------------------
-class MatryoshkaSAE(nn.Module):
-    """Matryoshka BatchTopK SAE (Bussmann et al. 2025) whose first n_core latents are a core.
-
-    W_enc, W_dec (F, D); b_enc (F,); b_dec (D,); threshold (F,): at inference a latent is on where
-    its pre-activation exceeds it. widths: the G ascending prefix widths, core included, last F.
-    The first n_exempt latents (the core, or none where it competes) are outside BatchTopK: in
-    training too they are on where they exceed their threshold."""
-
-    def __init__(self, d_model, widths, n_core=0, n_exempt=0, generator=None):
-        super().__init__()
-        self.widths, self.n_core, self.n_exempt = list(widths), n_core, n_exempt
-        rows = F.normalize(torch.randn(widths[-1], d_model, generator=generator))
-        self.W_enc = nn.Parameter(rows.clone())
-        self.b_enc = nn.Parameter(torch.zeros(widths[-1]))
-        self.W_dec = nn.Parameter(rows)
-        self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.register_buffer("threshold", torch.zeros(widths[-1]))
-        self.register_buffer("edges", torch.tensor(self.widths), persistent=False)
-
-    def encode(self, x, width=None):
-        """Activations at inference of the first `width` latents: x (B, D) -> (B, width). By a
-        threshold: the B*k largest of a batch depend on its other tokens, a fixed cut does not."""
-        if x.ndim != 2:
-            raise ValueError(f"x must be (tokens, D), not {tuple(x.shape)}: try x.flatten(0, -2)")
-        pre = F.linear(x - self.b_dec, self.W_enc[:width], self.b_enc[:width])
-        return pre.relu() * (pre > self.threshold[:width])
-
-    def decode(self, acts):
-        """Activations (B, w) of the first w latents -> reconstruction (B, D)."""
-        return acts @ self.W_dec[: acts.shape[1]] + self.b_dec
-
-    def forward(self, x):
-        return self.decode(self.encode(x))
-
-    @torch.no_grad()
-    def batch_topk(self, pre, k, floor=1):
-        """The activations in training, of pre-activations (B, F): SparseActs, and the cut ().
-        Exempt latents take what they need. The others share what is left of B*k, at least B*floor,
-        so that the *total* L0 stays k wherever the core leaves room (our reading)."""
-        B, E = len(pre), self.n_exempt
-        for share in (0.95, 0.7, 0.0):  # of the threshold: spares sorting B x F; 0: all above 0
-            bound = self.threshold.clamp_min(0)
-            bound[E:] = share * bound[E:].amax().clamp_min(0)
-            row, col = (pre > bound).nonzero(as_tuple=True)
-            exempt = col < E
-            taken = int(exempt.sum()) if E else 0
-            n_keep = max(B * k, taken + B * floor)
-            if len(row) >= n_keep:
-                break
-        value = pre[row, col]
-        order = value.masked_fill(exempt, math.inf).sort(descending=True, stable=True)
-        keep = order.indices[:n_keep].sort().values
-        cut = order.values[:n_keep][-1:].nan_to_num(posinf=0).sum()  # 0 where only the core is on
-        return SparseActs(value[keep], row[keep], col[keep]), cut
-
-    @torch.no_grad()
-    def update_threshold(self, cut, step):
-        """Average the cut over a tenth of the steps so far, at most 100 (our choice)."""
-        self.threshold[self.n_exempt :].lerp_(cut, min(1, max(0.01, 10 / (step + 1))))
-
-    @torch.no_grad()
-    def fold_scale(self, scale):
-        """Turn an SAE of scale * x into one of x; encoder and decoder rows stay as they are."""
-        for t in (self.b_enc, self.b_dec, self.threshold):
-            t.div_(scale)
-
-
-def nested_loss(x, x_hats):
-    """Sum over prefixes of ||x - x_hat||^2, mean over tokens, over G * D (ours: then it starts near
-    1, and the dead-latent loss weighs the same for all G, D). x (B, D), x_hats (B, G, D)"""
-    return F.mse_loss(x_hats, x[:, None].expand_as(x_hats))
-
-
-def dead_latent_loss(residual, acts, W_dec):
-    """AuxK (Gao et al. 2024): squared error of the residual's reconstruction by dead latents alone,
-    over the residual's variance. residual (B, D), acts (B, d), W_dec (d, D)"""
-    error = acts @ W_dec - residual
-    return error.pow(2).sum() / (residual - residual.mean(0)).pow(2).sum()
-
-
-def loss_and_grad(sae, x, k, floor=1, dead=()):
-    """Training loss (), of x (B, D); its gradient is added to the .grad of sae's parameters.
-    dead (d,): indices of dead latents. Also the SparseActs, and BatchTopK's cut ()."""
-    centred = x - sae.b_dec.detach()
-    pre = F.linear(centred, sae.W_enc, sae.b_enc).detach()  # (B, F)
-    acts, cut = sae.batch_topk(pre, k, floor)
-    value = EncodeAt.apply(sae.W_enc, sae.b_enc, sae.b_dec, x, acts)
-    x_hats = nested_decode(acts._replace(value=value), sae.W_dec, sae.b_dec, sae.edges, len(x))
-    loss = nested_loss(x, x_hats)
-    if len(dead):  # autograd over their rows alone: no second F x D gradient
-        acts_dead = pre.index_select(1, dead)  # (B, d), of which a token keeps the D/2 largest
-        top = acts_dead.topk(min(x.shape[1] // 2, len(dead)), sorted=False).values
-        off = acts_dead < top.amin(1, True).clamp_min(1e-30)  # or not positive
-        acts_dead.masked_fill_(off, 0).requires_grad_()
-        W_dead = sae.W_dec.detach()[dead].requires_grad_()
-        aux = dead_latent_loss(x - x_hats[:, -1].detach(), acts_dead, W_dead)
-        loss = loss + aux / 32  # Gao et al. 2024
-    loss.backward()
-    if len(dead):
-        g_pre = acts_dead.grad.masked_fill_(off, 0)
-        g_b_enc = g_pre.sum(0)
-        sae.W_dec.grad.index_add_(0, dead, W_dead.grad)
-        sae.W_enc.grad.index_add_(0, dead, g_pre.T @ centred)
-        sae.b_enc.grad.index_add_(0, dead, g_b_enc)
-        sae.b_dec.grad -= g_b_enc @ sae.W_enc.detach()[dead]
-    return loss.detach(), acts, cut
-
-
-@torch.no_grad()
-def update(sae, adam, lr):
-    """One optimiser step: the core's encoder rows stay; decoder rows keep unit norm."""
-    sae.W_enc.grad[: sae.n_core] = 0  # Adam without weight decay then keeps them bit for bit
-    g, W = sae.W_dec.grad, sae.W_dec
-    # The part of g along its unit row only changes the norm, which is undone: keep it out of Adam.
-    g.addcmul_(W, torch.linalg.vecdot(g, W)[:, None], value=-1)
-    adam.param_groups[0]["lr"] = lr
-    adam.step()
-    adam.zero_grad()
-    W.div_(W.norm(dim=1, keepdim=True))
-
-
-# ---- Training -----------------------------------------------------------------------------------
-def activations(run, ids, keep):
-    """Activations (tokens, D) of contexts ids where keep (R, T): harvested, or from --cache."""
-    if not run.cfg.cache:
-        return harvest(run.model, run.cfg.layer, ids, keep)
-    key = f"{zlib.crc32(repr(run.fingerprint).encode()):08x}{zlib.crc32(ids.numpy()):08x}"
-    path = Path(f"{run.cfg.cache}/layer{run.cfg.layer}-{key}.safetensors")
-    if not path.exists():
-        save_tensors({"acts": harvest(run.model, run.cfg.layer, ids, keep)}, path)
-    return load_tensors(path)[0]["acts"].to(run.cfg.device)
-
-
-def batches(run, training, block=0, start=0):
-    """Endless batches (B, D), scaled, each with the position of the next one. Blocks of about 64
-    batches (ours), the same in every training, are harvested and shuffled whole."""
-    cfg, B = run.cfg, run.cfg.batch
-    contexts = math.ceil(64 * B / (cfg.ctx - 1))
-    for number in itertools.count(block):
-        acts = activations(run, *run.text.block(number, contexts, cfg.seed))
-        n = len(acts) // B  # batches
-        if not n:
-            raise BadInput("the text holds hardly more than special tokens: nothing to train on")
-        order = torch.randperm(len(acts), generator=generator(cfg.seed, training, number))
-        order = order[: n * B].view(n, B).to(acts.device)
-        for i in range(start, n):
-            yield acts[order[i]].float() * run.scale, (number, i + 1)
-        start = 0
-        del acts  # the next block needs the memory
-
-
-@torch.no_grad()
-def new_sae(cfg, core, x, scale, training):
-    """A fresh SAE around the core's encoder rows; b_dec starts as the mean of x (B, D). All else
-    starts anew (the paper; ours: not the gates): what is selected again has proved useful among new
-    neighbours. By cfg.core_sparsity, a core latent is on
-    dynamic  (the paper) where its pre-activation is above 0; the others share what is left of k
-    exempt   (the paper's withdrawn first version) the same, but the others share k
-    gated    (ours) above its gate, set as at birth (b_enc then trains on); else as dynamic
-    compete  where BatchTopK keeps it, like any other latent"""
-    C = len(core.W_enc)
-    n_exempt = 0 if cfg.core_sparsity == "compete" else C
-    random = generator(cfg.seed, training, "init")
-    sae = MatryoshkaSAE(x.shape[1], cfg.widths(C), C, n_exempt, random).to(x.device)
-    sae.b_dec.copy_(x.mean(0))
-    sae.W_enc[:C] = core.W_enc
-    sae.W_dec[:C] = F.normalize(core.W_enc)  # our choice
-    if cfg.core_sparsity == "gated":
-        sae.b_enc[:C] = core.bias.to(x) * scale + sae.W_enc[:C] @ sae.b_dec
-        sae.threshold[:C] = core.threshold * scale
-    return sae
-
-
-def learning_rate(step, steps, peak):
-    """Warm-up over 1000 steps (a short run: a tenth), constant, linear to 0 in the last fifth."""
-    return peak * min(1, (step + 1) / min(1000, steps // 10 or 1), 5 * (steps - step) / steps)
-
-
-def train(run, core, k, training, path):
-    """Train an SAE of sparsity k around `core`, from the checkpoint `path` if it is there. Returns
-    it, in units of scaled activations, and the share of dead latents."""
-    cfg, steps = run.cfg, run.cfg.tokens // run.cfg.batch
-    saved, at = {}, dict(step=0, position=(0, 0))
-    if path.exists():
-        saved, at = load_tensors(path)
-    began = saved_at = time.time()
-    stream = batches(run, training, *at["position"])
-    x, position = next(stream)
-    sae = new_sae(cfg, core, x, run.scale, training)
-    adam = torch.optim.Adam(sae.parameters(), eps=1e-12, fused=True)  # our gradients are small
-    since = torch.zeros(cfg.d_sae, dtype=torch.int64, device=x.device)  # tokens since it fired
-    state = dict(sae.state_dict(), since=since)
-    for name, p in sae.named_parameters():
-        adam.state[p] = {m: torch.zeros_like(p) for m in ("exp_avg", "exp_avg_sq")}
-        adam.state[p]["step"] = p.new_zeros(())
-        state |= {f"{name}.{key}": t for key, t in adam.state[p].items()}
-    for name, t in saved.items():
-        state[name].copy_(t)
-    floor = k if cfg.core_sparsity == "exempt" else max(1, k // 10)  # k/10: our choice
-    dead_after = min(10_000_000, cfg.tokens // 10)  # tokens: Gao et al. 2024; the tenth is ours
-    tqdm.write("   step     loss      l0 core l0   dead  seconds")
-    for step in tqdm(range(at["step"] + 1, steps + 1), path.stem, disable=None):
-        if step % 10 == 1:  # ours: a GPU waits for the search; checkpoints come just before one
-            dead = (since >= dead_after).nonzero()[:, 0]
-        loss, acts, cut = loss_and_grad(sae, x, k, floor, dead)
-        update(sae, adam, learning_rate(step - 1, steps, cfg.lr))
-        sae.update_threshold(cut, step - 1)
-        since.add_(cfg.batch).index_fill_(0, acts.col, 0)
-        since[: sae.n_core] = 0  # the core is never dead: its rows are frozen
-        last = step == steps
-        if last or step % (steps // 10 or 1) == 0:
-            core_l0 = (acts.col < sae.n_core).sum() / len(x)
-            row = f"{step:7d} {loss:8.4f} {len(acts.col) / len(x):7.1f} {core_l0:7.1f}"
-            tqdm.write(f"{row} {len(dead) / cfg.d_sae:6.1%} {time.time() - began:8.0f}")
-        if last or step % 10 == 0 and time.time() - saved_at >= 60 * cfg.checkpoint_minutes:
-            if not (loss.isfinite() and sae.W_dec.isfinite().all()):
-                raise BadInput(f"diverged by step {step}: try a smaller --lr, another --out")
-            save_tensors(state, path, step=step, position=position)
-            saved_at = time.time()
-        if not last:
-            x, position = next(stream)
-    return sae, (since >= dead_after).float().mean().item()
-
-
-# ---- Held-out evaluation, and attribution -------------------------------------------------------
-@torch.no_grad()
-def evaluate(sae, x):
-    """Of an SAE of raw activations x (N, D): fvu by prefix, about the mean; l0, core_l0 a token."""
-    errors = on = 0
-    for some in x.split(4096):
-        acts = sae.encode(some)  # (B, F)
-        x_hats = torch.stack([sae.decode(acts[:, :width]) for width in sae.widths])  # (G, B, D)
-        errors += (some - x_hats).double().pow(2).sum((1, 2))
-        on += (acts > 0).sum(0) / len(x)  # (F,)
-    fvu = errors / (x - x.mean(0)).double().pow(2).sum()
-    return dict(fvu=fvu.tolist(), l0=on.sum().item(), core_l0=on[: sae.n_core].sum().item())
-
-
-def attribute(model, layer, ids, keep, sae):
-    """Score of each latent of prefix 0, core included; and share of tokens it is on: (M,), (M,).
-    The layer's output is replaced by the narrowest nested reconstruction x_hat (the paper: the core
-    shall do without finer latents); latent i is worth a_i = f_i <dLoss / dx_hat, W_dec_i> at a
-    token, where f_i is its activation; its score is the mean of |a_i|. sae: of raw activations."""
-    W_dec = sae.W_dec[: sae.widths[0]].detach()  # (M, D)
-    n, score, on = keep.sum().item(), 0, 0
-    acts = x_hat = None
-
-    def replace(x):
-        nonlocal acts, x_hat
-        acts = sae.encode(x, len(W_dec)).detach()  # (B, M)
-        x_hat = sae.decode(acts).detach().requires_grad_()  # (B, D)
-        return x_hat
-
-    for part in in_parts(model, ids, keep):
-        loss = spliced_loss(model, layer, *part, replace)
-        (grad,) = torch.autograd.grad(loss, x_hat)  # (B, D)
-        a = acts * (grad @ W_dec.T)  # (B, M)
-        score += a.abs().sum(0, dtype=torch.float64) / n
-        on += (acts > 0).sum(0) / n
-    return score.cpu(), on.cpu()
-
-
-# ---- The core -----------------------------------------------------------------------------------
-def select_core(scores, coverage):
-    """The fewest latents that hold `coverage` of the total score, best first: (M,) -> (C,)."""
-    value, order = scores.double().sort(descending=True, stable=True)
-    held = value.cumsum(0)  # rises to the total
-    if not 0 < held[-1] < math.inf:
-        raise BadInput(f"no core can be selected: the scores sum to {held[-1]}; try more --tokens")
-    return order[: int((held < coverage * held[-1]).sum()) + 1]  # + 1: the one that crosses
+def tokenize(docs, tokenizer, bos, limit, path, n_embeddings):
+    """Write an iterator of documents to `path` as `ids BOS ids BOS ...`, int32, at most `limit`."""
+    with written_whole(path) as part, open(part, "wb") as file:
+        while limit > 0 and (some := list(itertools.islice(docs, 32))):
+            ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+            flat = [i for document in ids if document for i in (*document, bos)][:limit]
+            if max(flat, default=0) >= n_embeddings:
+                raise ValueError(f"token id {max(flat)}: the model has {n_embeddings} embeddings")
+            np.array(flat, np.int32).tofile(file)
+            limit -= len(flat)
 
 
 @dataclass
-class Core:
-    """What travels between trainings: C encoder rows, their gates (for `gated`), their history."""
+class Text:
+    """A text in rows (R, T - 1) of token ids, on disk. BOS and a row are a context."""
 
-    W_enc: torch.Tensor  # (C, D) frozen rows; Core(torch.zeros(0, D)) is that of training 0
-    bias: torch.Tensor = torch.zeros(0)  # (C,) b_enc - W_enc b_dec at birth, for raw activations
-    threshold: torch.Tensor = torch.zeros(0)  # (C,) at birth, for raw activations
-    birth: torch.Tensor = torch.zeros(0, 2).long()  # (C, 2) training, index in its SAE: identity
-    votes: torch.Tensor = torch.zeros(0).long()  # (C,) how many trainings selected it
-    score: torch.Tensor = torch.zeros(0)  # (C,) attribution, at the last selection
-    density: torch.Tensor = torch.zeros(0)  # (C,) the share of tokens on which it was on
-    index: torch.Tensor = torch.zeros(0).long()  # (C,) its row in the SAE of the last selection
+    evaluation: np.ndarray  # A core must not be judged on the tokens that chose it.
+    attribution: np.ndarray
+    training: np.ndarray
+    special: torch.Tensor  # BOS, EOS, PAD: Gemma's BOS is so large that it would drown all else
 
+    def contexts(self, rows):
+        """Contexts of some rows: ids (R, T), BOS first; and keep (R, T), where the SAE works."""
+        ids = torch.from_numpy(rows.astype(np.int64))
+        ids = F.pad(ids, (1, 0), value=int(self.special[0]))
+        return ids, ~torch.isin(ids, self.special)
 
-@torch.no_grad()
-def next_core(core, sae, chosen, scores, density, training):
-    """The core after a training: `chosen` (C,) of M candidates, old ones first. sae: raw units."""
-    new = torch.arange(len(core.W_enc), sae.widths[0])
-    W_enc = sae.W_enc.cpu()[new]
-    candidates = Core(
-        W_enc=torch.cat([core.W_enc, W_enc]),
-        bias=torch.cat([core.bias, sae.b_enc.cpu()[new] - W_enc @ sae.b_dec.cpu()]),
-        threshold=torch.cat([core.threshold, sae.threshold.cpu()[new]]),
-        birth=torch.cat([core.birth, F.pad(new[:, None], (1, 0), value=training)]),
-        votes=torch.cat([core.votes, torch.zeros_like(new)]) + 1,
-        score=scores.float(),
-        density=density,
-        index=torch.arange(len(scores)),
-    )
-    return Core(*(t[chosen] for t in vars(candidates).values()))
+    def block(self, number, n, seed):
+        """The n contexts of training block `number`. At its end the text starts again."""
+        order = torch.randperm(len(self.training), generator=generator(seed, "contexts"))
+        places = torch.arange(number * n, (number + 1) * n) % len(order)
+        return self.contexts(self.training[order[places].numpy()])
 
 
-# ---- Files: written beside their place, then renamed, so that what is there is whole ------------
+def open_text(cfg, model, tokenizer, folder):
+    """The Text of --text or --dataset; its ids are written once, to FOLDER/tokens.bin."""
+    special = special_tokens(tokenizer)
+    path = Path(folder) / "tokens.bin"
+    width = cfg.ctx - 1
+    n_eval = math.ceil(cfg.eval_tokens / width)
+    n_held_out = n_eval + math.ceil(cfg.attribution_tokens / width)
+    if not path.exists():
+        # 2 % more than is trained on, for BOS and the ends of blocks.
+        limit = int(1.02 * cfg.tokens) + n_held_out * width
+        docs = iter(tqdm(documents(cfg), "tokenise", disable=None))
+        n_embeddings = len(model.get_input_embeddings().weight)
+        tokenize(docs, tokenizer, special[0], limit, path, n_embeddings)
+    n = path.stat().st_size // 4 // width
+    if n < 3:
+        path.unlink()
+        raise ValueError(f"{cfg.text or cfg.dataset}: has less than three contexts of {cfg.ctx}")
+    rows = np.memmap(path, np.int32, "r", shape=(n, width))
+    print(f"text: {rows.size} tokens in {(rows == special[0]).sum()} documents")
+    n_held_out = max(2, min(n_held_out, n // 10))  # of a short text, a tenth
+    n_eval = min(n_eval, n_held_out // 2)
+    evaluation, attribution, training = np.split(rows, [n_eval, n_held_out])
+    return Text(evaluation, attribution, training, torch.tensor(special))
+
+
+# ---- 3.3 A run: what its trainings share, and its journal ---------------------------------------
+class Run:
+    """What the trainings of a run share: the language model, the text, the core to begin with."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        if cfg.model == f"{cfg.out}/model" and not Path(cfg.model).exists():
+            build_demo(Path(cfg.model))
+        print(f"dmsae | {cfg.model} layer {cfg.layer} | {cfg.device} | {cfg.out}")
+        self.model, tokenizer = load_model(cfg)
+        self.checksum = checksum(self.model, tokenizer)
+        self.first_core = Core(torch.zeros(0, self.model.config.get_text_config().hidden_size))
+        self.first_training = 0  # With --core they are counted on, so each has a start of its own.
+        if cfg.core:
+            core, origin = load_core(cfg.core)
+            widths = core.W_enc.shape[1], self.first_core.W_enc.shape[1]
+            if widths[0] != widths[1]:
+                raise ValueError(f"--core {cfg.core}: is of width {widths[0]}, not {widths[1]}")
+            if (origin.get("checksum"), origin.get("layer")) != (self.checksum, cfg.layer):
+                print(f"warning: --core {cfg.core} is of another model, tokenizer or layer")
+            self.first_core, self.first_training = core, origin["training"] + 1
+        known = known_settings(cfg, self.checksum)
+        self.text = open_text(cfg, self.model, tokenizer, cfg.out)
+        self.for_evaluation = self.text.contexts(self.text.evaluation)  # ids, keep (R, T)
+        self.for_attribution = self.text.contexts(self.text.attribution)
+        if "measured" not in known:
+            known["measured"] = self.measure()
+            write_json(known, f"{cfg.out}/config.json")
+        self.scale = known["measured"]["scale"]
+        self.ce_original = known["measured"]["ce_original"]
+        self.ce_zero = known["measured"]["ce_zero"]
+
+    def measure(self):
+        """scale: of scale * x the mean variance per channel is 1. ce_original, ce_zero: held-out
+        loss of the model, in nats per token, as it is, and with the layer zeroed, at BOS too."""
+        cfg = self.cfg
+        some = self.text.block(0, math.ceil(65536 / cfg.ctx), cfg.seed)  # 65,536 tokens: our choice
+        x = harvest(self.model, cfg.layer, *some).float()
+        if not x.isfinite().all():
+            raise ValueError(f"--model {cfg.model}: gives nan or inf")
+        ids, keep = self.for_evaluation
+        return dict(
+            scale=1 / x.var(0).mean().sqrt().item(),  # about the mean: a constant changes nothing
+            ce_original=mean_loss(self.model, cfg.layer, ids, keep, nn.Identity()),
+            ce_zero=mean_loss(self.model, cfg.layer, ids, keep | True, torch.zeros_like),
+        )
+
+    def activations(self, ids, keep):
+        """Activations (tokens, D) of contexts ids where keep (R, T): from --cache or harvested."""
+        cfg = self.cfg
+        if not cfg.cache:
+            return harvest(self.model, cfg.layer, ids, keep)
+        name = f"layer{cfg.layer}-{self.checksum}{zlib.crc32(ids.numpy()):08x}.safetensors"
+        path = Path(cfg.cache) / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as part:
+                save_file({"acts": harvest(self.model, cfg.layer, ids, keep)}, part)
+        return load_file(path, device=cfg.device)["acts"]
+
+    def batches(self, training, block=0, start=0):
+        """Yield scaled batches (B, D) without end, each with the place of the next one: its block,
+        and its number there. A block of about 64 batches is shuffled as a whole (ours)."""
+        cfg = self.cfg
+        n_contexts = math.ceil(64 * cfg.batch / (cfg.ctx - 1))
+        for number in itertools.count(block):
+            acts = self.activations(*self.text.block(number, n_contexts, cfg.seed))
+            n = len(acts) // cfg.batch
+            if n == 0:
+                raise ValueError("the text has hardly more than special tokens to train on")
+            order = torch.randperm(len(acts), generator=generator(cfg.seed, training, number))
+            order = order[: n * cfg.batch].view(n, cfg.batch).to(acts.device)
+            for i in range(start, n):
+                yield acts[order[i]].float() * self.scale, (number, i + 1)
+            start = 0
+            del acts  # The next block needs the memory.
+
+
+def known_settings(cfg, code):
+    """What OUT/config.json holds: settings, the model's checksum, and perhaps what was measured.
+    It is written where it is new, and refused where it is of another run."""
+    path = Path(cfg.out) / "config.json"
+    settings = json.loads(json.dumps(dict(asdict(cfg), checksum=code)))
+    for name in ("device", "out", "checkpoint_minutes", "cycles", "cache"):
+        del settings[name]  # These change no training.
+    old = read_json(path) if path.exists() else {}
+    differ = [f"{k} {old.get(k)} there, {v} here" for k, v in settings.items() if old.get(k) != v]
+    if not differ:
+        return old
+    if "measured" in old or path.with_name("tokens.bin").exists():
+        raise ValueError(f"--out {cfg.out}: holds a run with other settings ({'; '.join(differ)})")
+    write_json(settings, path)
+    return settings
+
+
+class Journal:
+    """Prints and logs the rows of a training, and keeps a checkpoint in case it is killed."""
+
+    def __init__(self, cfg, cycle):
+        self.cfg = cfg
+        self.cycle = cycle
+        self.path = Path(cfg.out) / f"checkpoint{cycle}.pt"
+        self.saved = dict(step=0, place=(0, 0))  # the first step to do, and where its batch is
+        if self.path.exists():
+            self.saved = torch.load(self.path, map_location=cfg.device, weights_only=True)
+        self.began = self.saved_at = time.time()
+        tqdm.write("   step     loss      l0 core l0   dead  seconds")
+
+    def restore(self, sae, adam, silent):
+        """Fill in what the checkpoint holds, if there is one."""
+        self.sae, self.adam, self.silent = sae, adam, silent
+        if "sae" in self.saved:
+            sae.load_state_dict(self.saved["sae"])
+            adam.load_state_dict(self.saved["adam"])
+            silent.copy_(self.saved["silent"])
+
+    def after_step(self, step, place, loss, fired, n_dead):
+        """Write ten rows in a training, and a checkpoint every few minutes."""
+        cfg = self.cfg
+        steps = cfg.tokens // cfg.batch
+        now = time.time()
+        if step == steps or step % (steps // 10 or 1) == 0:
+            on = fired / cfg.batch  # (F,)
+            row = dict(cycle=self.cycle, step=step, tokens=step * cfg.batch, loss=loss.item())
+            row |= dict(l0=on.sum().item(), core_l0=on[: self.sae.n_core].sum().item())
+            row |= dict(dead=n_dead / cfg.d_sae, seconds=now - self.began)
+            words = "{step:7d} {loss:8.4f} {l0:7.1f} {core_l0:7.1f} {dead:6.1%} {seconds:8.0f}"
+            tqdm.write(words.format(**row))
+            self.log(dict(row, lr=self.adam.param_groups[0]["lr"]))
+        # Dead latents are looked for every 10 steps, and a checkpoint falls just before that.
+        due = step % 10 == 0 and now - self.saved_at >= 60 * cfg.checkpoint_minutes
+        if due or step == steps:
+            if not (loss.isfinite() and self.sae.W_dec.isfinite().all()):
+                raise ValueError(f"diverged by step {step}: try a smaller --lr, another --out")
+            state = dict(sae=self.sae.state_dict(), adam=self.adam.state_dict(), silent=self.silent)
+            with written_whole(self.path) as part:
+                torch.save(dict(state, step=step, place=place), part)
+            self.saved_at = now
+
+    def log(self, row):
+        """Add a row (a dict) to OUT/log.jsonl."""
+        with open(self.path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def print_table(results, core):
+    """Print a row for each cycle, and how often the latents of the last core were selected."""
+    print("cycle     core   kept    new dropped      l0 core l0  ce recovered    dead  fvu")
+    row = "{cycle:<8d}{core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:7.1f}"
+    row += "{ce_recovered:14.4f} {dead:7.1%} "
+    for result in results:
+        print(row.format(**result), *(f"{v:.4f}" for v in result["fvu"]))
+    print(f"latents that 1, 2, ... trainings selected: {core.votes.bincount()[1:].tolist()}")
+
+
+# ---- 3.4 Files ----------------------------------------------------------------------------------
+@contextlib.contextmanager
+def refusing(what):
+    """Every error inside becomes a ValueError that begins with `what`."""
+    try:
+        yield
+    except Exception as e:  # transformers, datasets and safetensors raise a dozen unrelated types
+        raise ValueError(f"{what} ({e if isinstance(e, ValueError) else repr(e)})") from e
+
+
 @contextlib.contextmanager
 def written_whole(path):
-    """Yield where to write the file or folder `path`; then it is renamed into its place."""
+    """Yield another name to write a file or folder under, and rename it to `path` at the end: a
+    crash leaves no half-written file."""
     part = Path(f"{path}.part")
     yield part
-    for file in part, *part.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())  # else a power cut may leave an empty file of the right name
     part.replace(path)
 
 
 def read_json(path):
-    """The content of a JSON file. BadInput"""
+    """The content of a JSON file, a dict."""
     with refusing(f"{path}: is missing or damaged; move its folder away"):
-        return dict(json.loads(Path(path).read_text()))
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def write_json(data, path):
-    """Write data as JSON to path, whole or not at all."""
+    """Write data as JSON to `path`, whole or not at all."""
     with written_whole(path) as part:
-        part.write_text(json.dumps(data, indent=1))
+        part.write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
-def save_tensors(tensors, path, **meta):
-    """Write named tensors and JSON metadata as safetensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as part:
-        tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-        save_file(tensors, part, {"dmsae": json.dumps(meta)})
+# What SAELens must know of an SAE, to compute what `MatryoshkaSAE.encode` does.
+SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
 
 
-def load_tensors(path, kind=dict):
-    """Tensors, as dict or another `kind`, and metadata of save_tensors. BadInput"""
-    with refusing(f"{path}: is damaged or foreign; move it away"), safe_open(path, "pt") as f:
-        tensors = kind(**{name: f.get_tensor(name) for name in f.keys()})
-        return tensors, json.loads(f.metadata()["dmsae"])
+def save_cycle(run, folder, training, sae, core, result):
+    """Write what a cycle leaves to `folder`: the SAE in SAELens' layout, the core, the figures."""
+    cfg = run.cfg
+    origin = dict(training=training, config=asdict(cfg), checksum=run.checksum, layer=cfg.layer)
+    metadata = dict(origin, sae_lens_version="6.0.0", model_name=cfg.model, context_size=cfg.ctx)
+    metadata |= dict(hook_name=f"blocks.{cfg.layer}.hook_resid_post", prepend_bos=True)
+    metadata |= dict(widths=sae.widths, n_core=sae.n_core, result=result)
+    about = dict(SAELENS, d_in=len(sae.b_dec), d_sae=cfg.d_sae, dtype="float32", device="cpu")
+    about |= dict(reshape_activations="none", metadata=metadata)
+    weights = dict(sae.state_dict(), W_enc=sae.W_enc.detach().T.contiguous())  # There it is (D, F).
+    with written_whole(folder) as part:
+        part.mkdir(exist_ok=True)
+        save_file(weights, part / "sae_weights.safetensors")
+        save_file(vars(core), part / "core.safetensors", {"dmsae": json.dumps(origin)})
+        write_json(about, part / "cfg.json")
 
 
 def load_core(path):
-    """A Core; and its origin, a dict: training that selected it, config, fingerprint. BadInput"""
-    return load_tensors(path, Core)
-
-
-def save_sae(sae, folder, **metadata):
-    """Write an SAE of raw activations in SAELens's layout, as its `jumprelu`: W_enc is (D, F)."""
-    weights = dict(sae.state_dict(), W_enc=sae.W_enc.T)
-    save_tensors(weights, Path(f"{folder}/sae_weights.safetensors"))
-    metadata |= dict(sae_lens_version="6.0.0", widths=sae.widths, n_core=sae.n_core)
-    cfg = dict(SAELENS, d_in=sae.W_enc.shape[1], d_sae=len(sae.W_enc), dtype="float32")
-    cfg |= dict(device="cpu", reshape_activations="none")
-    write_json(cfg | dict(metadata=metadata | dict(n_exempt=sae.n_exempt)), f"{folder}/cfg.json")
+    """The Core in a file of `save_cycle`, and a dict of its training, config, checksum, layer."""
+    with refusing(f"{path}: is damaged or holds no core"), safe_open(path, "pt") as f:
+        core = Core(**{name: f.get_tensor(name) for name in f.keys()})
+        return core, json.loads(f.metadata()["dmsae"])
 
 
 def load_sae(folder, device="cpu"):
-    """The SAE in a folder of SAELens's `jumprelu` layout, ours or another's. BadInput"""
+    """The SAE in a folder of SAELens' `jumprelu` layout, ours or another's."""
     with refusing(f"{folder}: is no SAE folder of cfg.json and sae_weights.safetensors"):
         cfg = read_json(f"{folder}/cfg.json")
         if not SAELENS.items() <= (SAELENS | cfg).items():
-            raise BadInput(f"{[cfg.get(key) for key in SAELENS]}, only {SAELENS} is read")
-        ours = dict(widths=[cfg["d_sae"]], n_core=0, n_exempt=0) | (cfg.get("metadata") or {})
-        sae = MatryoshkaSAE(cfg["d_in"], ours["widths"], ours["n_core"], ours["n_exempt"])
+            raise ValueError(f"{[cfg.get(key) for key in SAELENS]}, only {SAELENS} is read")
+        ours = dict(widths=[cfg["d_sae"]], n_core=0) | (cfg.get("metadata") or {})
+        sae = MatryoshkaSAE(cfg["d_in"], ours["widths"], ours["n_core"])
         weights = load_file(f"{folder}/sae_weights.safetensors")
-        weights["W_enc"] = weights["W_enc"].T
-        if torch.all(weights.get("scaling_factor", torch.zeros(1)) == 1):  # SAELens once wrote it
-            del weights["scaling_factor"]
-        sae.load_state_dict(weights)
+        sae.load_state_dict(dict(weights, W_enc=weights["W_enc"].T))
     return sae.to(device)
 
 
-# ---- The demo's language model, trained on Python's own documentation and sources ---------------
+def generator(*key):
+    """A torch.Generator seeded by (seed, cycle, block, ...): so no random state has to be saved."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+
+# ---- 3.5 The demo's language model --------------------------------------------------------------
 def build_demo(folder, steps=3000):
-    """Train a tokenizer and a small Gemma-2, 4 x 128 tokens a step; put all into folder."""
+    """Train a small Gemma-2 on Python's own documentation and sources; put all into `folder`."""
     from pydoc_data.topics import topics
     from tokenizers import ByteLevelBPETokenizer
     from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
     sources = Path(sysconfig.get_path("stdlib")).glob("*.py")
-    docs = [*topics.values(), *(p.read_text(errors="replace") for p in sources)]
+    docs = [*topics.values(), *(p.read_text("utf-8", errors="replace") for p in sources)]
     docs = [d[i : i + 4000] for d in docs for i in range(0, len(d), 4000)]
-    docs.sort(key=lambda d: zlib.crc32(d.encode()))  # a fixed shuffle: held out is like the rest
+    docs.sort(key=lambda d: zlib.crc32(d.encode()))  # A fixed shuffle: held out is like the rest.
     special = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")  # ids 0, 1, 2
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(docs, 2048, special_tokens=[*special.values()], show_progress=False)
-    ids = [i for doc in bpe.encode_batch(docs) for i in (2, *doc.ids)]
-    ids = torch.tensor(ids).repeat(2)[: 4 * 128 * steps].view(-1, 128)
+    ids = torch.tensor([i for doc in bpe.encode_batch(docs) for i in (2, *doc.ids)])
+    ids = ids.repeat(2)[: 4 * 128 * steps].view(-1, 128)  # 4 contexts in a step
     shape = dict(vocab_size=2048, hidden_size=160, intermediate_size=320, num_hidden_layers=3)
     shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=40)
     shape |= dict(attn_logit_softcapping=None, final_logit_softcapping=None, initializer_range=0.08)
@@ -802,149 +998,84 @@ def build_demo(folder, steps=3000):
     groups = dict(params=[embedding], lr=1e-2), dict(params=others, lr=2e-3)
     adam = torch.optim.Adam(groups, betas=(0.8, 0.99), fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(adam, 1, 0, steps)
-    for step, batch in enumerate(ids[torch.randperm(len(ids))].split(4)):
-        loss = model(batch, labels=batch).loss
-        loss.backward()
+    for batch in tqdm(ids[torch.randperm(len(ids))].split(4), "training the language model"):
+        model(batch, labels=batch).loss.backward()
         adam.step()
         adam.zero_grad()
         decay.step()
-        if step % 100 == 0:
-            print(f"  demo language model: step {step} of {steps}, loss {loss:.3f}", flush=True)
     with written_whole(folder) as part:
         model.save_pretrained(part)
         PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special).save_pretrained(part)
-        (part / "text.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in docs))
+        lines = "\n".join(json.dumps({"text": d}) for d in docs)
+        (part / "text.jsonl").write_text(lines, encoding="utf-8")
 
 
-# ---- The distillation cycles --------------------------------------------------------------------
-def prepare(cfg, model, tokenizer, fingerprint):
-    """What all trainings share. scale: of scale * x the mean variance is 1; ce_original, ce_zero:
-    held-out loss, nats a token, as it is; layer zeroed, also at BOS. BadInput: OUT is another's"""
-    out, new = Path(cfg.out), json.loads(json.dumps(asdict(cfg)))
-    for name in "device out checkpoint_minutes cycles transfer_k cache".split():
-        del new[name]  # these change no training
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "config.json"
-    old = read_json(path) if path.exists() else {}
-    differ = [f"{n} {old.get(n)} there, {new[n]} here" for n in new if old.get(n) != new[n]]
-    if not same_model(old.get("fingerprint", []), fingerprint):
-        differ.append(f"another model or tokenizer behind {cfg.model}")
-    new["fingerprint"] = fingerprint
-    if differ and ("measured" in old or (out / "tokens.bin").exists()):
-        raise BadInput(f"--out {out}: holds a run with other settings ({'; '.join(differ)})")
-    if differ:
-        (out / "tokens.bin.part").unlink(missing_ok=True)
-        write_json(new, path)
-    text = open_text(cfg, model, tokenizer, out)
-    if "measured" not in old:
-        (ids, keep), _ = text.held_out()
-        some = text.block(0, math.ceil(65536 / cfg.ctx), cfg.seed)  # 65,536 tokens: our choice
-        x = harvest(model, cfg.layer, *some).float()
-        if not x.isfinite().all():
-            raise BadInput(f"--model {cfg.model}: gives nan or inf")
-        ratio = x.norm(dim=1) / x.norm(dim=1).median()
-        if (ratio > 10).any():
-            share = f"{(ratio > 10).float().mean():.2%} of tokens"
-            print(f"warning: {share} have 10 to {ratio.max():.0f} x the median norm")
-        new["measured"] = dict(
-            scale=1 / x.var(0).mean().sqrt().item(),  # about the mean
-            ce_original=mean_loss(model, cfg.layer, ids, keep, lambda x: x),
-            ce_zero=mean_loss(model, cfg.layer, ids, keep | True, torch.zeros_like),
-            fingerprint=fingerprint,
-        )
-        write_json(old := new, path)
-    return SimpleNamespace(cfg=cfg, model=model, text=text, **old["measured"])
+# ---- 3.6 The command line -----------------------------------------------------------------------
+def parse(argv=None):
+    """Command line -> Config. What cannot be read ends the program with one line and code 2."""
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("dmsae.py", formatter_class=defaults, allow_abbrev=False)
+    parser.error = lambda why: parser.exit(2, f"dmsae: {why}; --help shows all flags\n")
+    for field in fields(Config):
+        kind = get_args(field.type)[0]
+        options = dict(type=kind)
+        if kind is bool:
+            options = dict(action="store_true")
+        elif get_origin(kind) is Literal:
+            options = dict(choices=get_args(kind))
+        elif get_origin(kind) is tuple:
+            options = dict(type=float, nargs="*")
+        flags = sorted({f"--{field.name}", f"--{field.name.replace('_', '-')}"})
+        help_text = field.type.__metadata__[0]
+        parser.add_argument(*flags, default=field.default, help=help_text, **options)
+    if "--demo" in (argv or sys.argv):
+        parser.set_defaults(**DEMO)
+    return Config(**vars(parser.parse_args(argv)))
 
 
-def finish(run, core, sae, dead, k, training, label):
-    """Evaluate a trained SAE, choose the next core, save both as OUT/cycle<label>."""
-    cfg, model = run.cfg, run.model
-    sae.fold_scale(run.scale)
-    for_evaluation, for_attribution = run.text.held_out()
-    held = evaluate(sae, harvest(model, cfg.layer, *for_evaluation).float())
-    ce = mean_loss(model, cfg.layer, *for_evaluation, sae)
-    scores, density = attribute(model, cfg.layer, *for_attribution, sae)
-    chosen = select_core(scores, cfg.coverage)
-    C = len(chosen)  # the controls are of the size that attribution would have chosen
-    if cfg.select == "frequency":
-        chosen = density.argsort(descending=True, stable=True)[:C]
-    if cfg.select == "random":
-        chosen = torch.randperm(len(scores), generator=generator(cfg.seed, label, "core"))[:C]
-    new = next_core(core, sae, chosen, scores, density, training)
-    kept = int((chosen < len(core.W_enc)).sum())
-    row = dict(cycle=label, core=C, kept=kept, new=C - kept, dropped=len(core.W_enc) - kept)
-    row |= dict(held, dead=dead, tokens=cfg.tokens, ce=ce)
-    row["ce_recovered"] = (run.ce_zero - ce) / (run.ce_zero - run.ce_original)
-    origin = dict(training=training, config=asdict(cfg) | dict(k=k))
-    where = dict(model_name=cfg.model, hook_name=f"blocks.{cfg.layer}.hook_resid_post")
-    with written_whole(f"{cfg.out}/cycle{label}") as part:
-        save_tensors(vars(new), part / "core.safetensors", fingerprint=run.fingerprint, **origin)
-        save_sae(sae, part, **where, context_size=cfg.ctx, prepend_bos=True, result=row, **origin)
+def check(cfg):
+    """Raise ValueError for settings that cannot work, before anything is downloaded or trained."""
+    for field in fields(Config):
+        _, *limits = field.type.__metadata__
+        for value in np.atleast_1d(getattr(cfg, field.name)) if limits else ():
+            if not limits[0] <= value <= limits[1]:
+                must = f"must be from {limits[0]} to {limits[1]}, for example {field.default}"
+                raise ValueError(f"--{field.name.replace('_', '-')} {value}: {must}")
+    if cfg.k >= cfg.d_sae:
+        raise ValueError(f"--k {cfg.k}: must be below --d-sae {cfg.d_sae}, for example 1")
+    if cfg.tokens < cfg.batch:
+        must = f"must be at least --batch {cfg.batch}, for example {1000 * cfg.batch}"
+        raise ValueError(f"--tokens {cfg.tokens}: {must}")
+    cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # Is there room for the core?
+    path = Path(cfg.text or "")
+    made_by_demo = cfg.demo and cfg.text == f"{cfg.model}/text.jsonl"
+    if cfg.text and not made_by_demo and not (path.suffix in LOADERS and path.is_file()):
+        raise ValueError(f"--text {path}: must be an existing file in {', '.join(LOADERS)}")
+    if Path(cfg.cache or "").is_file():
+        raise ValueError(f"--cache {cfg.cache}: must be a folder")
+    with refusing(f"--device {cfg.device}: must be cpu, cuda or cuda:N"):
+        torch.empty(0, device=cfg.device)
 
 
-def print_table(rows, core):
-    """A row for each training; and how often the core's latents were selected."""
-    print("cycle     core   kept    new dropped      l0 core l0  ce recovered    dead  fvu")
-    row = "{cycle!s:8s}{core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:7.1f}"
-    row += "{ce_recovered:14.4f} {dead:7.1%} "
-    for r in rows:
-        print(row.format(**r), *(f"{v:.4f}" for v in r["fvu"]))
-    print(f"latents that 1, 2, ... trainings selected: {core.votes.bincount()[1:].tolist()}")
-
-
-def distil(cfg):
-    """A whole run, from wherever OUT has it: trainings 0..cycles, then transfers of the core."""
-    check(cfg)
-    if "cuda:" in cfg.device:
-        torch.cuda.set_device(cfg.device)
-    out, rows = Path(cfg.out), []
-    if cfg.model == f"{cfg.out}/model" and not Path(cfg.model).exists():
-        build_demo(Path(cfg.model))
-    print(f"dmsae | {cfg.model} layer {cfg.layer} | {cfg.device} | {out}")
-    model, tokenizer, fingerprint = load_model(cfg)
-    core, before = Core(torch.zeros(0, len(fingerprint))), 0  # before: trainings of --core's run
-    if cfg.core:
-        core, origin = load_core(cfg.core)
-        before = origin["training"] + 1
-        D = core.W_enc.shape[1]
-        if D != len(fingerprint):
-            raise BadInput(f"--core {cfg.core}: is of width {D}, not {len(fingerprint)}")
-        if not same_model(origin.get("fingerprint", fingerprint), fingerprint):
-            print(f"warning: --core {cfg.core} is of another model, tokenizer or layer")
-    run = prepare(cfg, model, tokenizer, fingerprint)
-    for n, k in enumerate([cfg.k] * (cfg.cycles + 1) + [*cfg.transfer_k]):
-        label = n if n <= cfg.cycles else f"{cfg.cycles}_k{k}"
-        folder, training = out / f"cycle{label}", before + min(n, cfg.cycles + 1)
-        if not folder.exists():
-            size = len(core.W_enc) or "0: the plain Matryoshka baseline"
-            print(f"cycle {label} of {cfg.cycles}   k {k}   core {size}", flush=True)
-            checkpoint = out / f"checkpoint{label}.safetensors"
-            sae, dead = train(run, core, k, training, checkpoint)
-            finish(run, core, sae, dead, k, training, label)
-            checkpoint.unlink()
-        rows.append(read_json(folder / "cfg.json")["metadata"]["result"])
-        if rows[-1]["core_l0"] > k / 2:
-            print(f"warning: the core alone has L0 {rows[-1]['core_l0']:.1f}, above half of k {k}")
-        if n <= cfg.cycles:
-            core, _ = load_core(folder / "core.safetensors")
-    print_table(rows, core)
-    print(f"SAEs and cores are in {out}/cycle*; next: python eval.py {out}")
-
-
-def main(argv=None, name="dmsae", parse=parse, work=distil):
-    """The command line (eval.py's too). Returns 0: done, 2: bad input, 130: interrupted."""
-    torch.set_float32_matmul_precision("high")  # TF32 for the encoder's product
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a sixth faster on a CPU
+@contextlib.contextmanager
+def setting_up(program):
+    """While a run is set up, an error that the user can fix is one line, and exit code 2."""
     try:
-        work(parse(argv))
-    except (BadInput, OSError, SafetensorError) as e:  # also a folder or disk that takes no files
-        print(f"{name}: " + " ".join(str(e).split())[:1000], file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from any checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        yield
+    except (ValueError, OSError) as e:  # OSError: a folder or disk that takes no files
+        print(f"{program}: " + " ".join(str(e).split())[:1000], file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv=None):
+    """The command line."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Huge pages: a sixth faster on a CPU.
+    with setting_up("dmsae"):
+        cfg = parse(argv)
+        check(cfg)
+        run = Run(cfg)
+    distil(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
