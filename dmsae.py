@@ -257,13 +257,13 @@ def train(run, core, cycle, journal):
     cfg = run.cfg
     steps = cfg.tokens // cfg.batch
     dead_after = min(10_000_000, cfg.tokens // 10)  # tokens: Gao et al. 2024; the tenth is ours
-    batches = run.batches(cycle, *journal.saved["place"])
-    x, place = next(batches)  # (B, D), and where the batch after it is found
+    first = journal.saved["step"]  # 0, or where a killed training goes on
+    batches = run.batches(cycle, first)
+    x = next(batches)  # (B, D)
     sae = new_sae(cfg, core, x, run.scale, cycle)
     adam = torch.optim.Adam(sae.parameters(), eps=1e-12, fused=True)  # Our gradients are small.
     silent = torch.zeros(cfg.d_sae, dtype=torch.int64, device=x.device)  # tokens since it fired
     journal.restore(sae, adam, silent)
-    first = journal.saved["step"]
     for step in tqdm(range(first, steps), f"cycle {journal.cycle}", disable=None):
         if step % 10 == 0:
             # nonzero() makes a GPU wait, so we look for dead latents every 10 steps only.
@@ -277,9 +277,9 @@ def train(run, core, cycle, journal):
         update_threshold(sae, smallest_kept, step)
         silent.add_(len(x)).masked_fill_(fired > 0, 0)
         silent[: sae.n_core] = 0  # The core is never dead: its encoder rows are frozen.
-        journal.after_step(step + 1, place, loss.detach(), fired, len(dead))
+        journal.after_step(step + 1, loss.detach(), fired, len(dead))
         if step + 1 < steps:
-            x, place = next(batches)
+            x = next(batches)
     sae.fold_scale(run.scale)
     return sae, (silent >= dead_after).float().mean().item()
 
@@ -708,9 +708,10 @@ class Text:
         ids = F.pad(ids, (1, 0), value=int(self.special[0]))
         return ids, ~torch.isin(ids, self.special)
 
-    def block(self, number, n, seed):
-        """The n contexts of training block `number`. At its end the text starts again."""
-        order = torch.randperm(len(self.training), generator=generator(seed, "contexts"))
+    def block(self, number, n):
+        """The n contexts of training block `number`, the same for every seed, so that runs can
+        share a --cache. At its end the text starts again."""
+        order = torch.randperm(len(self.training), generator=generator("contexts"))
         places = torch.arange(number * n, (number + 1) * n) % len(order)
         return self.contexts(self.training[order[places].numpy()])
 
@@ -777,13 +778,16 @@ class Run:
         """scale: of scale * x the mean variance per channel is 1. ce_original, ce_zero: held-out
         loss of the model, in nats per token, as it is, and with the layer zeroed, at BOS too."""
         cfg = self.cfg
-        some = self.text.block(0, math.ceil(65536 / cfg.ctx), cfg.seed)  # 65,536 tokens: our choice
+        some = self.text.block(0, math.ceil(65536 / cfg.ctx))  # 65,536 tokens: our choice
         x = harvest(self.model, cfg.layer, *some).float()
-        if not x.isfinite().all():
-            raise ValueError(f"--model {cfg.model}: gives nan or inf")
+        variance = x.var(0).mean().item()  # about the mean: a constant changes nothing
+        if not 0 < variance < math.inf:
+            raise ValueError(
+                f"layer {cfg.layer} of {cfg.model} has variance {variance} on this text"
+            )
         ids, keep = self.for_evaluation
         return dict(
-            scale=1 / x.var(0).mean().sqrt().item(),  # about the mean: a constant changes nothing
+            scale=variance**-0.5,
             ce_original=mean_loss(self.model, cfg.layer, ids, keep, nn.Identity()),
             ce_zero=mean_loss(self.model, cfg.layer, ids, keep | True, torch.zeros_like),
         )
@@ -797,25 +801,25 @@ class Run:
         path = Path(cfg.cache) / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(path) as part:
-                save_file({"acts": harvest(self.model, cfg.layer, ids, keep)}, part)
+            part = path.with_suffix(f".{os.getpid()}")  # Another run may write it at the same time.
+            save_file({"acts": harvest(self.model, cfg.layer, ids, keep)}, part)
+            part.replace(path)
         return load_file(path, device=cfg.device)["acts"]
 
-    def batches(self, training, block=0, start=0):
-        """Yield scaled batches (B, D) without end, each with the place of the next one: its block,
-        and its number there. A block of about 64 batches is shuffled as a whole (ours)."""
+    def batches(self, training, step=0):
+        """Yield the scaled batches (B, D) of `step` and all later steps. The tokens of 64 batches
+        are a block (our choice), which is harvested and shuffled as a whole."""
         cfg = self.cfg
-        n_contexts = math.ceil(64 * cfg.batch / (cfg.ctx - 1))
-        for number in itertools.count(block):
-            acts = self.activations(*self.text.block(number, n_contexts, cfg.seed))
-            n = len(acts) // cfg.batch
-            if n == 0:
-                raise ValueError("the text has hardly more than special tokens to train on")
+        n_contexts = min(math.ceil(64 * cfg.batch / (cfg.ctx - 1)), len(self.text.training))
+        for number in itertools.count(step // 64):
+            acts = self.activations(*self.text.block(number, n_contexts))
             order = torch.randperm(len(acts), generator=generator(cfg.seed, training, number))
-            order = order[: n * cfg.batch].view(n, cfg.batch).to(acts.device)
-            for i in range(start, n):
-                yield acts[order[i]].float() * self.scale, (number, i + 1)
-            start = 0
+            # Special tokens are left out. Some others are used twice instead.
+            order = order.repeat(2 + 64 * cfg.batch // len(acts))
+            order = order[: 64 * cfg.batch].view(64, cfg.batch).to(acts.device)
+            for rows in order[step % 64 :]:
+                yield acts[rows].float() * self.scale
+            step = 0
             del acts  # The next block needs the memory.
 
 
@@ -843,7 +847,7 @@ class Journal:
         self.cfg = cfg
         self.cycle = cycle
         self.path = Path(cfg.out) / f"checkpoint{cycle}.pt"
-        self.saved = dict(step=0, place=(0, 0))  # the first step to do, and where its batch is
+        self.saved = dict(step=0)  # the first step to do
         if self.path.exists():
             self.saved = torch.load(self.path, map_location=cfg.device, weights_only=True)
         self.began = self.saved_at = time.time()
@@ -857,7 +861,7 @@ class Journal:
             adam.load_state_dict(self.saved["adam"])
             silent.copy_(self.saved["silent"])
 
-    def after_step(self, step, place, loss, fired, n_dead):
+    def after_step(self, step, loss, fired, n_dead):
         """Write ten rows in a training, and a checkpoint every few minutes."""
         cfg = self.cfg
         steps = cfg.tokens // cfg.batch
@@ -875,9 +879,9 @@ class Journal:
         if due or step == steps:
             if not (loss.isfinite() and self.sae.W_dec.isfinite().all()):
                 raise ValueError(f"diverged by step {step}: try a smaller --lr, another --out")
-            state = dict(sae=self.sae.state_dict(), adam=self.adam.state_dict(), silent=self.silent)
+            state = dict(step=step, sae=self.sae.state_dict(), adam=self.adam.state_dict())
             with written_whole(self.path) as part:
-                torch.save(dict(state, step=step, place=place), part)
+                torch.save(dict(state, silent=self.silent), part)
             self.saved_at = now
 
     def log(self, row):
