@@ -66,6 +66,7 @@ class Config:
     tokens: Annotated[int, "tokens per training (the paper: 500_000_000)", 1, 10**12] = 100_000_000
     batch: Annotated[int, "tokens per training step", 1, 99_999_999] = 4096
     lr: Annotated[float, "peak learning rate of Adam", 1e-9, 1e9] = 3e-4
+    max_norm: Annotated[float, "leave alone positions above this x the median; 0: none", 0, 1e9] = 5
     cycles: Annotated[int, "trainings with a core, after the plain training 0", 0, 999] = 5
     core_sparsity: Annotated[Literal["gated", "dynamic"], "see new_sae"] = "gated"
     coverage: Annotated[float, "share of the score that the core must hold", 1e-6, 1] = 0.9
@@ -633,6 +634,21 @@ def harvest(model, layer, ids, keep):
     return torch.cat([residual_stream(model, layer, ids)[keep] for ids, keep in parts])
 
 
+def norms(x):
+    """The norms of x (..., D), in float32: (...)"""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+
+
+def without_outliers(model, layer, ids, keep, limit):
+    """keep (R, T) without the positions of ids whose norm is above `limit`. These are attention
+    sinks, like BOS: few, but so large that they would hold most of the variance."""
+    if limit == math.inf:
+        return keep
+    parts = in_parts(model, ids, keep, 4096)
+    usual = [norms(residual_stream(model, layer, some)) <= limit for some, _ in parts]
+    return keep & torch.cat(usual).cpu()
+
+
 def spliced_loss(model, layer, ids, keep, replace):
     """The next-token loss of ids (R, T) in nats, summed over the positions keep (R, T), where the
     layer's output x (tokens, D) at these positions is replaced by replace(x)."""
@@ -693,32 +709,17 @@ def tokenize(docs, tokenizer, bos, limit, path, n_embeddings):
             limit -= len(flat)
 
 
-@dataclass
-class Text:
-    """A text in rows (R, T - 1) of token ids, on disk. BOS and a row are a context."""
-
-    evaluation: np.ndarray  # A core must not be judged on the tokens that chose it.
-    attribution: np.ndarray
-    training: np.ndarray
-    special: torch.Tensor  # BOS, EOS, PAD: Gemma's BOS is so large that it would drown all else
-
-    def contexts(self, rows):
-        """Contexts of some rows: ids (R, T), BOS first; and keep (R, T), where the SAE works."""
-        ids = torch.from_numpy(rows.astype(np.int64))
-        ids = F.pad(ids, (1, 0), value=int(self.special[0]))
-        return ids, ~torch.isin(ids, self.special)
-
-    def block(self, number, n):
-        """The n contexts of training block `number`, the same for every seed, so that runs can
-        share a --cache. At its end the text starts again."""
-        order = torch.randperm(len(self.training), generator=generator("contexts"))
-        places = torch.arange(number * n, (number + 1) * n) % len(order)
-        return self.contexts(self.training[order[places].numpy()])
+def contexts(rows, special):
+    """Contexts of rows (R, T - 1) of token ids: ids (R, T), BOS first; and keep (R, T), where the
+    SAE works. Special tokens are left alone: Gemma's BOS is so large that it drowns all else."""
+    ids = F.pad(torch.from_numpy(rows.astype(np.int64)), (1, 0), value=special[0])
+    return ids, ~torch.isin(ids, torch.tensor(special))
 
 
 def open_text(cfg, model, tokenizer, folder):
-    """The Text of --text or --dataset; its ids are written once, to FOLDER/tokens.bin."""
-    special = special_tokens(tokenizer)
+    """Rows (R, T - 1) of token ids, on disk, for evaluation, attribution and training: a core must
+    not be judged on the tokens that chose it. They are written once, to FOLDER/tokens.bin."""
+    bos = special_tokens(tokenizer)[0]
     path = Path(folder) / "tokens.bin"
     width = cfg.ctx - 1
     n_eval = math.ceil(cfg.eval_tokens / width)
@@ -727,18 +728,15 @@ def open_text(cfg, model, tokenizer, folder):
         # 2 % more than is trained on, for BOS and the ends of blocks.
         limit = int(1.02 * cfg.tokens) + n_held_out * width
         docs = iter(tqdm(documents(cfg), "tokenise", disable=None))
-        n_embeddings = len(model.get_input_embeddings().weight)
-        tokenize(docs, tokenizer, special[0], limit, path, n_embeddings)
+        tokenize(docs, tokenizer, bos, limit, path, len(model.get_input_embeddings().weight))
     n = path.stat().st_size // 4 // width
     if n < 3:
         path.unlink()
         raise ValueError(f"{cfg.text or cfg.dataset}: has less than three contexts of {cfg.ctx}")
     rows = np.memmap(path, np.int32, "r", shape=(n, width))
-    print(f"text: {rows.size} tokens in {(rows == special[0]).sum()} documents")
+    print(f"text: {rows.size} tokens in {(rows == bos).sum()} documents")
     n_held_out = max(2, min(n_held_out, n // 10))  # of a short text, a tenth
-    n_eval = min(n_eval, n_held_out // 2)
-    evaluation, attribution, training = np.split(rows, [n_eval, n_held_out])
-    return Text(evaluation, attribution, training, torch.tensor(special))
+    return np.split(rows, [min(n_eval, n_held_out // 2), n_held_out])
 
 
 # ---- 3.3 A run: what its trainings share, and its journal ---------------------------------------
@@ -764,33 +762,54 @@ class Run:
                 print(f"warning: --core {cfg.core} is of another model, tokenizer or layer")
             self.first_core, self.first_training = core, origin["training"] + 1
         known = known_settings(cfg, self.checksum)
-        self.text = open_text(cfg, self.model, tokenizer, cfg.out)
-        self.for_evaluation = self.text.contexts(self.text.evaluation)  # ids, keep (R, T)
-        self.for_attribution = self.text.contexts(self.text.attribution)
+        self.special = special_tokens(tokenizer)
+        evaluation, attribution, self.rows = open_text(cfg, self.model, tokenizer, cfg.out)
+        measured = known.get("measured") or self.measure_scale()
+        self.scale = measured["scale"]
+        self.median_norm = measured["median_norm"]
+        self.for_evaluation = self.held_out(evaluation)  # ids (R, T), keep (R, T)
+        self.for_attribution = self.held_out(attribution)
         if "measured" not in known:
-            known["measured"] = self.measure()
-            write_json(known, f"{cfg.out}/config.json")
-        self.scale = known["measured"]["scale"]
-        self.ce_original = known["measured"]["ce_original"]
-        self.ce_zero = known["measured"]["ce_zero"]
+            held_out = self.model, cfg.layer, *self.for_evaluation
+            measured["ce_original"] = mean_loss(*held_out, nn.Identity())
+            with spliced(self.model, cfg.layer, torch.zeros_like):
+                measured["ce_zero"] = mean_loss(*held_out, nn.Identity())
+            write_json(known | dict(measured=measured), f"{cfg.out}/config.json")
+        self.ce_original = measured["ce_original"]  # loss of the model, in nats per token
+        self.ce_zero = measured["ce_zero"]  # the same with the layer's output zeroed, at BOS too
 
-    def measure(self):
-        """scale: of scale * x the mean variance per channel is 1. ce_original, ce_zero: held-out
-        loss of the model, in nats per token, as it is, and with the layer zeroed, at BOS too."""
+    def measure_scale(self):
+        """Of 65,536 tokens (our choice): median_norm; and scale: without the positions of large
+        norm, the mean variance per channel of scale * x is 1."""
         cfg = self.cfg
-        some = self.text.block(0, math.ceil(65536 / cfg.ctx))  # 65,536 tokens: our choice
-        x = harvest(self.model, cfg.layer, *some).float()
-        variance = x.var(0).mean().item()  # about the mean: a constant changes nothing
+        x = harvest(self.model, cfg.layer, *self.block(0, math.ceil(65536 / cfg.ctx))).float()
+        self.median_norm = norms(x).median().item()
+        usual = x[norms(x) <= self.norm_limit()]
+        print(
+            f"--max-norm {cfg.max_norm}: {1 - len(usual) / len(x):.2%} of positions are left alone"
+        )
+        variance = usual.var(0).mean().item()  # about the mean: a constant changes nothing
         if not 0 < variance < math.inf:
             raise ValueError(
                 f"layer {cfg.layer} of {cfg.model} has variance {variance} on this text"
             )
-        ids, keep = self.for_evaluation
-        return dict(
-            scale=variance**-0.5,
-            ce_original=mean_loss(self.model, cfg.layer, ids, keep, nn.Identity()),
-            ce_zero=mean_loss(self.model, cfg.layer, ids, keep | True, torch.zeros_like),
-        )
+        return dict(median_norm=self.median_norm, scale=variance**-0.5)
+
+    def norm_limit(self):
+        """Positions of a larger norm are left alone."""
+        return self.cfg.max_norm * self.median_norm or math.inf
+
+    def held_out(self, rows):
+        """Contexts of rows: ids (R, T), and keep (R, T) without positions of large norm."""
+        ids, keep = contexts(rows, self.special)
+        return ids, without_outliers(self.model, self.cfg.layer, ids, keep, self.norm_limit())
+
+    def block(self, number, n):
+        """The n contexts of training block `number`: ids, keep (R, T). They are the same for every
+        seed, so that runs can share a --cache. At its end the text starts again."""
+        order = torch.randperm(len(self.rows), generator=generator("contexts"))
+        places = torch.arange(number * n, (number + 1) * n) % len(order)
+        return contexts(self.rows[order[places].numpy()], self.special)
 
     def activations(self, ids, keep):
         """Activations (tokens, D) of contexts ids where keep (R, T): from --cache or harvested."""
@@ -810,9 +829,10 @@ class Run:
         """Yield the scaled batches (B, D) of `step` and all later steps. The tokens of 64 batches
         are a block (our choice), which is harvested and shuffled as a whole."""
         cfg = self.cfg
-        n_contexts = min(math.ceil(64 * cfg.batch / (cfg.ctx - 1)), len(self.text.training))
+        n_contexts = min(math.ceil(64 * cfg.batch / (cfg.ctx - 1)), len(self.rows))
         for number in itertools.count(step // 64):
-            acts = self.activations(*self.text.block(number, n_contexts))
+            acts = self.activations(*self.block(number, n_contexts))
+            acts = acts[norms(acts) <= self.norm_limit()]
             order = torch.randperm(len(acts), generator=generator(cfg.seed, training, number))
             # Special tokens are left out. Some others are used twice instead.
             order = order.repeat(2 + 64 * cfg.batch // len(acts))
@@ -942,6 +962,7 @@ def save_cycle(run, folder, training, sae, core, result):
     metadata = dict(origin, sae_lens_version="6.0.0", model_name=cfg.model, context_size=cfg.ctx)
     metadata |= dict(hook_name=f"blocks.{cfg.layer}.hook_resid_post", prepend_bos=True)
     metadata |= dict(widths=sae.widths, n_core=sae.n_core, result=result)
+    metadata |= dict(max_norm=cfg.max_norm, median_norm=run.median_norm)
     about = dict(SAELENS, d_in=len(sae.b_dec), d_sae=cfg.d_sae, dtype="float32", device="cpu")
     about |= dict(reshape_activations="none", metadata=metadata)
     weights = dict(sae.state_dict(), W_enc=sae.W_enc.detach().T.contiguous())  # There it is (D, F).
