@@ -45,7 +45,7 @@ from tqdm import tqdm
 # ==== Part 1: the method =========================================================================
 # ---- 1.1 Settings -------------------------------------------------------------------------------
 PREFIXES = 1 / 32, 3 / 32, 7 / 32, 15 / 32  # those of the Matryoshka paper
-DEMO = dict(layer=1, ctx=128, d_sae=2048, k=16, batch=1024, lr=2e-3, cycles=3)
+DEMO = dict(layer=1, ctx=128, d_sae=2048, k=16, batch=1024, lr=8e-3, cycles=3)
 DEMO |= dict(tokens=400_000, attribution_tokens=60_000)  # the defaults under --demo
 
 
@@ -64,8 +64,8 @@ class Config:
     k: Annotated[int, "active latents per token (L0), a mean over the batch", 1, 99_999_999] = 64
     prefixes: Annotated[tuple[float], "inner widths, as shares of --d-sae", 0, 1] = PREFIXES
     tokens: Annotated[int, "tokens per training (the paper: 500_000_000)", 1, 10**12] = 100_000_000
-    batch: Annotated[int, "tokens per training step", 1, 99_999_999] = 4096
-    lr: Annotated[float, "peak learning rate of Adam", 1e-9, 1e9] = 3e-4
+    batch: Annotated[int, "tokens per training step", 1, 99_999_999] = 2048
+    lr: Annotated[float, "peak rate of Adam; fewer steps or latents need more", 1e-9, 1e9] = 3e-4
     max_norm: Annotated[float, "leave alone positions above this x the median; 0: none", 0, 1e9] = 5
     cycles: Annotated[int, "trainings with a core, after the plain training 0", 0, 999] = 5
     core_sparsity: Annotated[Literal["gated", "dynamic"], "see new_sae"] = "gated"
