@@ -20,19 +20,18 @@ An error that a user can fix is a ValueError.
 """
 
 import argparse
-import contextlib
 import glob
 import itertools
 import json
 import math
 import os
 import sys
-import sysconfig
 import time
 import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
@@ -42,11 +41,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-# ==== Part 1: the method =========================================================================
-# ---- 1.1 Settings -------------------------------------------------------------------------------
-PREFIXES = 1 / 32, 3 / 32, 7 / 32, 15 / 32  # those of the Matryoshka paper
-DEMO = dict(layer=1, ctx=128, d_sae=2048, k=16, batch=1024, lr=8e-3, cycles=3)
+# ==== Part 1: the method =====================================================
+# ---- 1.1 Settings -----------------------------------------------------------
+DEMO = dict(layer=1, ctx=128, d_sae=2048, k=16, batch=512, lr=6e-3, cycles=3)
 DEMO |= dict(tokens=400_000, attribution_tokens=60_000)  # the defaults under --demo
+BLOCK = 262_144  # tokens that are harvested and shuffled together
 
 
 @dataclass
@@ -61,11 +60,11 @@ class Config:
     separator: Annotated[str, "splits each text into documents; \\n is a new line"] = None
     ctx: Annotated[int, "context length in tokens, BOS included", 4, 9_999_999] = 1024
     d_sae: Annotated[int, "number of latents, core included", 2, 99_999_999] = 65536
-    k: Annotated[int, "active latents per token (L0), a mean over the batch", 1, 99_999_999] = 64
-    prefixes: Annotated[tuple[float], "inner widths, as shares of --d-sae", 0, 1] = PREFIXES
+    k: Annotated[int, "active latents per token (L0)", 1, 99_999_999] = 64
+    prefixes: Annotated[tuple, "inner widths / d_sae", 0, 1] = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
     tokens: Annotated[int, "tokens per training (the paper: 500_000_000)", 1, 10**12] = 100_000_000
     batch: Annotated[int, "tokens per training step", 1, 99_999_999] = 2048
-    lr: Annotated[float, "peak rate of Adam; fewer steps or latents need more", 1e-9, 1e9] = 3e-4
+    lr: Annotated[float, "peak learning rate; fewer steps or latents need more", 1e-9, 1e9] = 3e-4
     max_norm: Annotated[float, "leave alone positions above this x the median; 0: none", 0, 1e9] = 5
     cycles: Annotated[int, "trainings with a core, after the plain training 0", 0, 999] = 5
     core_sparsity: Annotated[Literal["gated", "dynamic"], "see new_sae"] = "gated"
@@ -77,7 +76,7 @@ class Config:
     seed: Annotated[int, "seed of everything random"] = 0
     device: Annotated[str, "cpu, cuda or cuda:N; auto is cuda where there is one"] = "auto"
     out: Annotated[str, "run folder (runs/MODEL_kK_seedSEED); the same command resumes"] = None
-    checkpoint_minutes: Annotated[float, "minutes between checkpoints, at least", 0, 10**9] = 5.0
+    checkpoint_minutes: Annotated[float, "minutes between checkpoints, at least", 0, 1e9] = 5.0
     cache: Annotated[str, "folder that keeps activations for later trainings and runs"] = None
     demo: Annotated[bool, "small settings, and a small Gemma-2 trained on the spot"] = False
 
@@ -91,8 +90,7 @@ class Config:
             self.text = self.text or f"{self.out}/model/text.jsonl"
 
     def widths(self, n_core=0):
-        """Widths of the G prefixes. --prefixes counts what comes on top of the core; the last
-        prefix is the whole SAE. Raises ValueError unless they ascend."""
+        """Widths of the G prefixes, the core in each; the last one is the whole SAE."""
         inner = [n_core + round(share * self.d_sae) for share in self.prefixes]
         edges = [n_core, *inner, self.d_sae]
         if edges != sorted(set(edges)):
@@ -101,13 +99,11 @@ class Config:
         return edges[1:]
 
 
-# ---- 1.2 The SAE --------------------------------------------------------------------------------
+# ---- 1.2 The SAE ------------------------------------------------------------
 class MatryoshkaSAE(nn.Module):
     """A Matryoshka BatchTopK SAE (Bussmann et al. 2025) whose first n_core latents are a core.
-
     Prefix j consists of the first widths[j] latents, so the core is in all of them. W_enc, W_dec
-    (F, D); b_enc, threshold (F,); b_dec (D,).
-    """
+    (F, D); b_enc, threshold (F,); b_dec (D,)."""
 
     def __init__(self, d_model, widths, n_core=0, generator=None):
         super().__init__()
@@ -145,12 +141,6 @@ class MatryoshkaSAE(nn.Module):
     def forward(self, x):
         return self.decode(self.encode(x))
 
-    @torch.no_grad()
-    def fold_scale(self, scale):
-        """Turn an SAE of scale * x into one of x. Encoder and decoder rows stay as they are."""
-        for tensor in (self.b_enc, self.b_dec, self.threshold):
-            tensor /= scale
-
 
 def shared_budget(n_tokens, k, n_core_active):
     """How many activations the latents outside the core share in a batch: what the core leaves of
@@ -179,7 +169,7 @@ def batch_topk(pre, threshold, n_core, k):
     return torch.cat([core, others * (others >= smallest_kept)], 1), smallest_kept
 
 
-# ---- 1.3 The loss -------------------------------------------------------------------------------
+# ---- 1.3 The loss -----------------------------------------------------------
 def nested_loss(x, x_hats):
     """Squared error, summed over the prefixes with equal weights (the paper), mean over tokens: ().
     x (B, D), x_hats (B, G, D). Divided by G * D (ours): so it starts near 1 for any G and D."""
@@ -222,7 +212,7 @@ def training_loss(sae, x, k, dead):
     return loss, (acts > 0).sum(0), smallest_kept.detach()
 
 
-# ---- 1.4 Training one SAE -----------------------------------------------------------------------
+# ---- 1.4 Training one SAE ---------------------------------------------------
 @torch.no_grad()
 def update(sae, adam, lr):
     """One step of the optimiser. Encoder rows of the core stay, decoder rows keep unit norm."""
@@ -238,23 +228,21 @@ def update(sae, adam, lr):
 
 @torch.no_grad()
 def update_threshold(sae, smallest_kept, step):
-    """Let the thresholds outside the core follow the smallest activation kept: a running mean
-    over the last tenth of the steps so far, over 100 at most (our choice)."""
+    """Let thresholds outside the core follow smallest_kept (): a running mean over the last tenth
+    of the steps so far, 100 at most (our choice)."""
     weight = min(1, max(0.01, 10 / (step + 1)))
     sae.threshold[sae.n_core :].lerp_(smallest_kept, weight)
 
 
 def learning_rate(step, steps, peak):
-    """Rises over 1000 steps (in a short training over a tenth of them), stays, and falls to 0
-    over the last fifth."""
+    """Rises over 1000 steps or a tenth of all, stays, and falls to 0 over the last fifth."""
     warm_up = min(1000, steps // 10 or 1)
     return peak * min(1, (step + 1) / warm_up, 5 * (steps - step) / steps)
 
 
 def train(run, core, cycle, journal):
     """Train an SAE from scratch around `core`. Returns it, for activations as they come from the
-    model, and the share of its latents that are dead. `journal` changes no number: it prints, and
-    lets a killed training go on."""
+    model, and the share of dead latents. `journal` prints, and lets a killed training go on."""
     cfg = run.cfg
     steps = cfg.tokens // cfg.batch
     dead_after = min(10_000_000, cfg.tokens // 10)  # tokens: Gao et al. 2024; the tenth is ours
@@ -281,11 +269,12 @@ def train(run, core, cycle, journal):
         journal.after_step(step + 1, loss.detach(), fired, len(dead))
         if step + 1 < steps:
             x = next(batches)
-    sae.fold_scale(run.scale)
+    for tensor in (sae.b_enc.data, sae.b_dec.data, sae.threshold):
+        tensor /= run.scale  # The rows stay as they are.
     return sae, (silent >= dead_after).float().mean().item()
 
 
-# ---- 1.5 Attribution: which latents does the language model need? --------------------------------
+# ---- 1.5 Attribution: which latents does the language model need? -----------
 def attribute(model, layer, ids, keep, sae):
     """Score of each latent of the narrowest prefix, the core included, and the share of tokens at
     which it is on: (M,), (M,). Measured on contexts ids (R, T) where keep (R, T).
@@ -315,10 +304,9 @@ def attribute(model, layer, ids, keep, sae):
     return (total / n_tokens).cpu(), (on / n_tokens).float().cpu()
 
 
-# ---- 1.6 The core -------------------------------------------------------------------------------
+# ---- 1.6 The core -----------------------------------------------------------
 def select_core(scores, coverage):
-    """The fewest latents that hold `coverage` of the total score, best first: (M,) -> (C,).
-    Raises ValueError where there is no score to share out."""
+    """The fewest latents that hold `coverage` of the total score, best first: (M,) -> (C,)."""
     value, order = scores.double().sort(descending=True, stable=True)
     so_far = value.cumsum(0)  # It rises to the total.
     total = so_far[-1]
@@ -396,7 +384,7 @@ def new_sae(cfg, core, x, scale, cycle):
     return sae
 
 
-# ---- 1.7 Evaluation, and the distillation cycles ------------------------------------------------
+# ---- 1.7 Evaluation, and the distillation cycles ----------------------------
 @torch.no_grad()
 def evaluate(sae, x):
     """Of activations x (N, D): fvu, the fraction of variance unexplained by each of the G
@@ -417,7 +405,6 @@ def distil(run):
     with its SAE and the core selected from it; where that is there, it is not trained again."""
     cfg = run.cfg
     core = run.first_core
-    results = []
     for cycle in range(cfg.cycles + 1):
         folder = Path(cfg.out) / f"cycle{cycle}"
         if not folder.exists():
@@ -428,36 +415,30 @@ def distil(run):
             sae, dead = train(run, core, number, journal)
             scores, density = attribute(run.model, cfg.layer, *run.for_attribution, sae)
             chosen = choose(cfg, scores, density, number)
-            kept = int((chosen < len(core.W_enc)).sum())
-            dropped = len(core.W_enc) - kept
+            kept = int((chosen < sae.n_core).sum())
             core = next_core(core, sae, chosen, scores, density, number)
             result = evaluate(sae, harvest(run.model, cfg.layer, *run.for_evaluation).float())
             ce = mean_loss(run.model, cfg.layer, *run.for_evaluation, sae)
             recovered = (run.ce_zero - ce) / (run.ce_zero - run.ce_original)
             result |= dict(cycle=cycle, core=len(chosen), kept=kept, new=len(chosen) - kept)
-            result |= dict(dropped=dropped, ce=ce, ce_recovered=recovered, dead=dead)
+            result |= dict(dropped=sae.n_core - kept, ce=ce, ce_recovered=recovered, dead=dead)
             save_cycle(run, folder, number, sae, core, result | dict(tokens=cfg.tokens))
             journal.log(result)
             journal.path.unlink()
         core, _ = load_core(folder / "core.safetensors")
-        results.append(read_json(folder / "cfg.json")["metadata"]["result"])
-        core_l0 = results[-1]["core_l0"]
-        if core_l0 > cfg.k / 2:
-            print(f"warning: the core alone has L0 {core_l0:.1f}, above half of k {cfg.k}")
-    print_table(results, core)
+    print_table(cfg, core)
     print(f"SAEs and cores are in {cfg.out}/cycle*; next: python eval.py {cfg.out}")
 
 
-# ==== Part 2: the same loss, fast ================================================================
+# ==== Part 2: the same loss, fast ============================================
 # Of the B x F activations only about B * k are not zero. The product with the encoder has to be
 # dense, because nobody knows the largest entries before. All that follows is a sum of rows:
 #   decoding:         x_hat[token]   = sum over its active latents of activation * W_dec[latent]
 #   encoder gradient: grad_W[latent] = sum over the tokens where it is on of gradient * x[token]
 # Both are a `segment_sum`, once by token and once by latent. No B x F tensor has a gradient.
 def segment_sum(table, index, weight, segment, n_segments):
-    """out[s] = the sum of weight[i] * table[index[i]] over all i with segment[i] == s.
-    table (m, D); index, segment (n,), where segment ascends; weight (n,), or None for 1. Returns
-    (n_segments, D). The order of the sum is fixed, so that a GPU repeats it."""
+    """(n_segments, D): row s is the sum of weight[i] * table[index[i]] over all i with segment[i]
+    == s, in their order. table (m, D); index, segment (n,), ascending; weight (n,), None for 1."""
     starts = torch.searchsorted(segment, torch.arange(n_segments, device=segment.device))
     return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weight)
 
@@ -485,8 +466,8 @@ class EncodeAt(torch.autograd.Function):
 def sparse_topk(pre, threshold, n_core, k):
     """`batch_topk` as its entries that are not zero: value, row, col, (n,) each, ordered by row;
     and the smallest one outside the core."""
-    # To sort all B x F entries is slow. Nearly all that will be kept lie above the running
-    # threshold, so we look there first, and then lower. The last pass is always right.
+    # Nearly all that will be kept lie above the running threshold, so we look there first, and
+    # then lower. The last pass takes all positive entries and is always right.
     at_least = threshold.clamp_min(0)
     bound = at_least[n_core:].max()  # one for all that compete
     for share in (0.95, 0.7, 0.0):
@@ -527,40 +508,34 @@ def fast_training_loss(sae, x, k, dead):
         W_enc, b_enc, W_dec = (p.index_select(0, dead) for p in (sae.W_enc, sae.b_enc, sae.W_dec))
         pre_dead = F.linear(x - sae.b_dec, W_enc, b_enc)  # (B, d)
         loss = loss + dead_latent_loss(residual, pre_dead, W_dec) / 32
-    fired = torch.zeros(len(sae.W_enc), dtype=torch.int64, device=x.device)
-    fired.index_add_(0, col, torch.ones_like(col))
-    return loss, fired, smallest_kept
+    return loss, torch.bincount(col, minlength=len(sae.W_enc)), smallest_kept
 
 
-# ==== Part 3: plumbing ===========================================================================
-# ---- 3.1 The language model: read a layer, replace a layer --------------------------------------
+# ==== Part 3: plumbing =======================================================
+# ---- 3.1 The language model: read a layer, replace a layer ------------------
 def load_model(cfg):
     """The frozen language model and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     advice = "if it was not found, try --demo, or accept its licence and run `hf auth login`"
-    options = dict(dtype=torch.bfloat16 if "cuda" in cfg.device else torch.float32)
     with refusing(f"--model {cfg.model}: cannot be used; {advice}"):
         lm = AutoConfig.from_pretrained(cfg.model).get_text_config()
         last = lm.num_hidden_layers - 1
         longest = getattr(lm, "max_position_embeddings", cfg.ctx)
         if cfg.layer > last or cfg.ctx > longest:
             raise ValueError(f"--layer {cfg.layer} --ctx {cfg.ctx}: at most {last} and {longest}")
+        options = dict(dtype=torch.bfloat16 if "cuda" in cfg.device else torch.float32)
         if getattr(lm, "attn_logit_softcapping", None):
             # PyTorch's own attention silently leaves out Gemma-2's soft-capping.
             options["attn_implementation"] = "eager"
+        load = AutoModelForCausalLM.from_pretrained
+        model, info = load(cfg.model, output_loading_info=True, **options)
+        if info["missing_keys"]:  # They would be drawn at random, and anew at each start.
+            raise ValueError(f"it lacks weights, such as {min(info['missing_keys'])}")
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            cfg.model, output_loading_info=True, **options
-        )
-        model = loaded[0].to(cfg.device).eval().requires_grad_(False)
-        missing = sorted(loaded[1]["missing_keys"])
-        if missing:  # They would be drawn at random, and anew at each start.
-            raise ValueError(f"it lacks the weights {missing[:3]}")
-        sentence = tokenizer("What is useful again and again stays.", return_tensors="pt")
-        loss = mean_loss(
-            model, cfg.layer, sentence["input_ids"], sentence["input_ids"] >= 0, nn.Identity()
-        )
+        model = model.to(cfg.device).eval().requires_grad_(False)
+        ids = torch.tensor([tokenizer("What is useful again and again stays.")["input_ids"]])
+        loss = mean_loss(model, cfg.layer, ids, ids >= 0, nn.Identity())
         if not math.isfinite(loss):
             raise ValueError(f"the loss of a sentence is {loss}")
         return model, tokenizer
@@ -571,18 +546,17 @@ def checksum(model, tokenizer):
     Weights count as bfloat16, so that neither device nor dtype matters."""
     crc = zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())
     for name, weight in model.named_parameters():
-        bits = weight.detach().to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy()
-        crc = zlib.crc32(bits, zlib.crc32(name.encode(), crc))
+        bits = weight.detach().bfloat16().contiguous().view(torch.int16).cpu()
+        crc = zlib.crc32(bits.numpy(), zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
 
 
 def special_tokens(tokenizer):
     """The ids of BOS, EOS and PAD, those that there are. The first begins every context."""
     ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    special = [i for i in ids if i is not None]
-    if not special:
+    if set(ids) == {None}:
         raise ValueError("--model: its tokenizer has neither a BOS nor an EOS token")
-    return special
+    return [i for i in ids if i is not None]
 
 
 def decoder_layers(model):
@@ -592,7 +566,7 @@ def decoder_layers(model):
     return next(m for m in modules if isinstance(m, nn.ModuleList) and len(m) == n)
 
 
-@contextlib.contextmanager
+@contextmanager
 def spliced(model, layer, edit):
     """While open, the output h (R, T, D) of decoder layer `layer` is replaced by edit(h)."""
 
@@ -608,24 +582,23 @@ def residual_stream(model, layer, ids):
     """The output of decoder layer `layer` (resid_post) for ids (R, T): (R, T, D)."""
 
     class Reached(Exception):
-        pass
+        """Leaves the model early, so that later layers and the head never run."""
 
-    def stop(h):
-        raise Reached(h)  # out of the model, so that later layers and the head never run
+    def leave(h):
+        raise Reached(h)
 
     try:
-        with spliced(model, layer, stop):
+        with spliced(model, layer, leave):
             model(ids, use_cache=False)
     except Reached as reached:
         return reached.args[0]
 
 
 def in_parts(model, ids, keep, tokens=1024):
-    """Contexts ids and keep (R, T), about `tokens` at a time but at least one context, on the
-    model's device. Shows a progress bar where it takes over 5 seconds."""
+    """Contexts ids and keep (R, T) on the model's device, about `tokens` at a time."""
     n = max(1, tokens // ids.shape[1])
     parts = zip(ids.to(model.device).split(n), keep.to(model.device).split(n), strict=True)
-    return tqdm(parts, "model", math.ceil(len(ids) / n), leave=False, delay=5, disable=None)
+    return tqdm(list(parts), "model", leave=False, delay=5, disable=None)
 
 
 def harvest(model, layer, ids, keep):
@@ -634,36 +607,28 @@ def harvest(model, layer, ids, keep):
     return torch.cat([residual_stream(model, layer, ids)[keep] for ids, keep in parts])
 
 
-def norms(x):
-    """The norms of x (..., D), in float32: (...)"""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
-
-
 def without_outliers(model, layer, ids, keep, limit):
     """keep (R, T) without the positions of ids whose norm is above `limit`. These are attention
     sinks, like BOS: few, but so large that they would hold most of the variance."""
-    if limit == math.inf:
-        return keep
     parts = in_parts(model, ids, keep, 4096)
-    usual = [norms(residual_stream(model, layer, some)) <= limit for some, _ in parts]
-    return keep & torch.cat(usual).cpu()
+    norms = [residual_stream(model, layer, ids).float().norm(dim=-1) for ids, _ in parts]
+    return keep & (torch.cat(norms) <= limit).cpu()
 
 
 def spliced_loss(model, layer, ids, keep, replace):
     """The next-token loss of ids (R, T) in nats, summed over the positions keep (R, T), where the
     layer's output x (tokens, D) at these positions is replaced by replace(x)."""
-    at_least_float32 = torch.promote_types(model.dtype, torch.float32)
+    dtype = torch.promote_types(model.dtype, torch.float32)  # at least float32
 
     def edit(h):
-        x_hat = replace(h[keep].to(at_least_float32))
+        x_hat = replace(h[keep].to(dtype))
         return h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
 
     with spliced(model, layer, edit):
         logits = model(ids, use_cache=False).logits[:, :-1][keep[:, :-1]]  # (tokens, vocabulary)
-    following = ids[:, 1:][keep[:, :-1]]
     # In float32, the logits of 1024 tokens of Gemma take 1 GiB. So they are converted in parts.
-    parts = zip(logits.split(1024), following.split(1024), strict=True)
-    return sum(F.cross_entropy(a.to(at_least_float32), b, reduction="sum") for a, b in parts)
+    parts = zip(logits.split(1024), ids[:, 1:][keep[:, :-1]].split(1024), strict=True)
+    return sum(F.cross_entropy(some.to(dtype), y, reduction="sum") for some, y in parts)
 
 
 @torch.no_grad()
@@ -674,7 +639,7 @@ def mean_loss(model, layer, ids, keep, replace):
     return float(total / keep[:, :-1].sum())
 
 
-# ---- 3.2 Text -----------------------------------------------------------------------------------
+# ---- 3.2 Text ---------------------------------------------------------------
 LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # of the package `datasets`
 
 
@@ -682,19 +647,19 @@ def documents(cfg):
     """Yield the documents of --text or --dataset."""
     from datasets import load_dataset
 
-    path, _, name = cfg.dataset.partition(":")
-    source = dict(path=path, name=name or None)
+    source = cfg.dataset.split(":", 1)  # name, configuration
+    options = dict(split="train", streaming=True)
     if cfg.text:
-        # glob.escape: else the file name t[1].txt would be a pattern.
-        source = dict(path=LOADERS[Path(cfg.text).suffix], data_files=glob.escape(cfg.text))
-    if source["path"] == "text":
-        source["sample_by"] = "document"  # The default, a line, loses the line breaks.
+        source = [LOADERS[Path(cfg.text).suffix]]
+        options["data_files"] = glob.escape(cfg.text)  # Otherwise t[1].txt is a pattern.
+    if source == ["text"]:
+        options["sample_by"] = "document"  # The default, a line, loses the line breaks.
     # A shell hands \n over as two letters. The default, a zero byte, splits no text.
     separator = (cfg.separator or "\0").replace("\\n", "\n")
     with refusing(f"{cfg.text or cfg.dataset}: gave no text from --text-column {cfg.text_column}"):
-        for row in load_dataset(**source, split="train", streaming=True):
-            text = row[cfg.text_column] or ""  # An empty text may be None.
-            yield from str.split(text, separator)
+        for row in load_dataset(*source, **options):
+            # An empty text may be None.
+            yield from str.split(row[cfg.text_column] or "", separator)
 
 
 def tokenize(docs, tokenizer, bos, limit, path, n_embeddings):
@@ -702,7 +667,7 @@ def tokenize(docs, tokenizer, bos, limit, path, n_embeddings):
     with written_whole(path) as part, open(part, "wb") as file:
         while limit > 0 and (some := list(itertools.islice(docs, 32))):
             ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
-            flat = [i for document in ids if document for i in (*document, bos)][:limit]
+            flat = [i for doc in ids if doc for i in (*doc, bos)][:limit]
             if max(flat, default=0) >= n_embeddings:
                 raise ValueError(f"token id {max(flat)}: the model has {n_embeddings} embeddings")
             np.array(flat, np.int32).tofile(file)
@@ -720,7 +685,7 @@ def open_text(cfg, model, tokenizer, folder):
     """Rows (R, T - 1) of token ids, on disk, for evaluation, attribution and training: a core must
     not be judged on the tokens that chose it. They are written once, to FOLDER/tokens.bin."""
     bos = special_tokens(tokenizer)[0]
-    path = Path(folder) / "tokens.bin"
+    path = Path(folder, "tokens.bin")
     width = cfg.ctx - 1
     n_eval = math.ceil(cfg.eval_tokens / width)
     n_held_out = n_eval + math.ceil(cfg.attribution_tokens / width)
@@ -739,115 +704,106 @@ def open_text(cfg, model, tokenizer, folder):
     return np.split(rows, [min(n_eval, n_held_out // 2), n_held_out])
 
 
-# ---- 3.3 A run: what its trainings share, and its journal ---------------------------------------
+# ---- 3.3 A run: what its trainings share ------------------------------------
 class Run:
     """What the trainings of a run share: the language model, the text, the core to begin with."""
 
     def __init__(self, cfg):
         self.cfg = cfg
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        for folder in (cfg.out, cfg.cache or cfg.out):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         if cfg.model == f"{cfg.out}/model" and not Path(cfg.model).exists():
-            build_demo(Path(cfg.model))
+            build_demo(cfg.model)
         print(f"dmsae | {cfg.model} layer {cfg.layer} | {cfg.device} | {cfg.out}")
         self.model, tokenizer = load_model(cfg)
+        self.special = special_tokens(tokenizer)
         self.checksum = checksum(self.model, tokenizer)
         self.first_core = Core(torch.zeros(0, self.model.config.get_text_config().hidden_size))
-        self.first_training = 0  # With --core they are counted on, so each has a start of its own.
+        self.first_training = 0
         if cfg.core:
-            core, origin = load_core(cfg.core)
-            widths = core.W_enc.shape[1], self.first_core.W_enc.shape[1]
-            if widths[0] != widths[1]:
-                raise ValueError(f"--core {cfg.core}: is of width {widths[0]}, not {widths[1]}")
+            self.first_core, origin = load_core(cfg.core)
+            self.first_training = origin["training"] + 1  # Each training has its own number.
             if (origin.get("checksum"), origin.get("layer")) != (self.checksum, cfg.layer):
-                print(f"warning: --core {cfg.core} is of another model, tokenizer or layer")
-            self.first_core, self.first_training = core, origin["training"] + 1
+                raise ValueError(f"--core {cfg.core}: is of another model, tokenizer or layer")
         known = known_settings(cfg, self.checksum)
-        self.special = special_tokens(tokenizer)
         evaluation, attribution, self.rows = open_text(cfg, self.model, tokenizer, cfg.out)
         measured = known.get("measured") or self.measure_scale()
         self.scale = measured["scale"]
         self.median_norm = measured["median_norm"]
+        self.norm_limit = cfg.max_norm * self.median_norm or math.inf
         self.for_evaluation = self.held_out(evaluation)  # ids (R, T), keep (R, T)
         self.for_attribution = self.held_out(attribution)
         if "measured" not in known:
-            held_out = self.model, cfg.layer, *self.for_evaluation
-            measured["ce_original"] = mean_loss(*held_out, nn.Identity())
+            held_out = self.model, cfg.layer, *self.for_evaluation, nn.Identity()
+            measured["ce_original"] = mean_loss(*held_out)
             with spliced(self.model, cfg.layer, torch.zeros_like):
-                measured["ce_zero"] = mean_loss(*held_out, nn.Identity())
+                measured["ce_zero"] = mean_loss(*held_out)
             write_json(known | dict(measured=measured), f"{cfg.out}/config.json")
         self.ce_original = measured["ce_original"]  # loss of the model, in nats per token
         self.ce_zero = measured["ce_zero"]  # the same with the layer's output zeroed, at BOS too
 
     def measure_scale(self):
-        """Of 65,536 tokens (our choice): median_norm; and scale: without the positions of large
+        """Of 65,536 tokens (our choice) the median norm; and the scale: without positions of large
         norm, the mean variance per channel of scale * x is 1."""
         cfg = self.cfg
-        x = harvest(self.model, cfg.layer, *self.block(0, math.ceil(65536 / cfg.ctx))).float()
-        self.median_norm = norms(x).median().item()
-        usual = x[norms(x) <= self.norm_limit()]
-        print(
-            f"--max-norm {cfg.max_norm}: {1 - len(usual) / len(x):.2%} of positions are left alone"
-        )
+        x = self.block(0, math.ceil(65536 / cfg.ctx)).float()  # (tokens, D)
+        norm = x.norm(dim=-1)
+        median = norm.median().item()
+        usual = x[norm <= (cfg.max_norm * median or math.inf)]
+        print(f"--max-norm {cfg.max_norm} leaves {1 - len(usual) / len(x):.2%} of positions alone")
         variance = usual.var(0).mean().item()  # about the mean: a constant changes nothing
         if not 0 < variance < math.inf:
             raise ValueError(
-                f"layer {cfg.layer} of {cfg.model} has variance {variance} on this text"
+                f"layer {cfg.layer} of {cfg.model} has variance {variance} on the text"
             )
-        return dict(median_norm=self.median_norm, scale=variance**-0.5)
-
-    def norm_limit(self):
-        """Positions of a larger norm are left alone."""
-        return self.cfg.max_norm * self.median_norm or math.inf
+        return dict(median_norm=median, scale=variance**-0.5)
 
     def held_out(self, rows):
         """Contexts of rows: ids (R, T), and keep (R, T) without positions of large norm."""
         ids, keep = contexts(rows, self.special)
-        return ids, without_outliers(self.model, self.cfg.layer, ids, keep, self.norm_limit())
+        return ids, without_outliers(self.model, self.cfg.layer, ids, keep, self.norm_limit)
 
     def block(self, number, n):
-        """The n contexts of training block `number`: ids, keep (R, T). They are the same for every
-        seed, so that runs can share a --cache. At its end the text starts again."""
+        """Activations (tokens, D) of block `number`, n contexts of the training text, which starts
+        again at its end. They are the same for every seed, so that runs can share a --cache."""
+        cfg = self.cfg
         order = torch.randperm(len(self.rows), generator=generator("contexts"))
         places = torch.arange(number * n, (number + 1) * n) % len(order)
-        return contexts(self.rows[order[places].numpy()], self.special)
-
-    def activations(self, ids, keep):
-        """Activations (tokens, D) of contexts ids where keep (R, T): from --cache or harvested."""
-        cfg = self.cfg
+        ids, keep = contexts(self.rows[order[places].numpy()], self.special)
         if not cfg.cache:
             return harvest(self.model, cfg.layer, ids, keep)
         name = f"layer{cfg.layer}-{self.checksum}{zlib.crc32(ids.numpy()):08x}.safetensors"
-        path = Path(cfg.cache) / name
+        path = Path(cfg.cache, name)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}")  # Another run may write it at the same time.
-            save_file({"acts": harvest(self.model, cfg.layer, ids, keep)}, part)
-            part.replace(path)
+            # Another run may write it at the same time, under a name of its own.
+            with written_whole(path, os.getpid()) as part:
+                save_file(dict(acts=harvest(self.model, cfg.layer, ids, keep)), part)
         return load_file(path, device=cfg.device)["acts"]
 
     def batches(self, training, step=0):
-        """Yield the scaled batches (B, D) of `step` and all later steps. The tokens of 64 batches
-        are a block (our choice), which is harvested and shuffled as a whole."""
+        """Yield the scaled batches (B, D) of `step` and all later steps. Blocks of about 262,144
+        tokens (our choice) are harvested and shuffled as a whole."""
         cfg = self.cfg
-        n_contexts = min(math.ceil(64 * cfg.batch / (cfg.ctx - 1)), len(self.rows))
-        for number in itertools.count(step // 64):
-            acts = self.activations(*self.block(number, n_contexts))
-            acts = acts[norms(acts) <= self.norm_limit()]
+        n_batches = max(1, BLOCK // cfg.batch)
+        size = n_batches * cfg.batch
+        n_contexts = min(math.ceil(size / (cfg.ctx - 1)), len(self.rows))
+        for number in itertools.count(step // n_batches):
+            acts = self.block(number, n_contexts)
+            acts = acts[acts.float().norm(dim=-1) <= self.norm_limit]
             order = torch.randperm(len(acts), generator=generator(cfg.seed, training, number))
-            # Special tokens are left out. Some others are used twice instead.
-            order = order.repeat(2 + 64 * cfg.batch // len(acts))
-            order = order[: 64 * cfg.batch].view(64, cfg.batch).to(acts.device)
-            for rows in order[step % 64 :]:
+            # Where tokens are left alone, some others are used twice.
+            order = order.repeat(1 + math.ceil(size / len(acts)))[:size].to(acts.device)
+            for rows in order.split(cfg.batch)[step % n_batches :]:
                 yield acts[rows].float() * self.scale
             step = 0
             del acts  # The next block needs the memory.
 
 
 def known_settings(cfg, code):
-    """What OUT/config.json holds: settings, the model's checksum, and perhaps what was measured.
-    It is written where it is new, and refused where it is of another run."""
-    path = Path(cfg.out) / "config.json"
-    settings = json.loads(json.dumps(dict(asdict(cfg), checksum=code)))
+    """Write OUT/config.json, and return it: the settings, the model's checksum, and, from an
+    earlier start, what was measured. Refused where it is of another run."""
+    path = Path(cfg.out, "config.json")
+    settings = asdict(cfg) | dict(checksum=code, prefixes=list(cfg.prefixes))
     for name in ("device", "out", "checkpoint_minutes", "cycles", "cache"):
         del settings[name]  # These change no training.
     old = read_json(path) if path.exists() else {}
@@ -860,16 +816,17 @@ def known_settings(cfg, code):
     return settings
 
 
+# ---- 3.4 What a training prints, logs and saves -----------------------------
 class Journal:
     """Prints and logs the rows of a training, and keeps a checkpoint in case it is killed."""
 
     def __init__(self, cfg, cycle):
         self.cfg = cfg
         self.cycle = cycle
-        self.path = Path(cfg.out) / f"checkpoint{cycle}.pt"
+        self.path = Path(cfg.out, f"checkpoint{cycle}.pt")
         self.saved = dict(step=0)  # the first step to do
         if self.path.exists():
-            self.saved = torch.load(self.path, map_location=cfg.device, weights_only=True)
+            self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
         self.began = self.saved_at = time.time()
         tqdm.write("   step     loss      l0 core l0   dead  seconds")
 
@@ -891,9 +848,9 @@ class Journal:
             row = dict(cycle=self.cycle, step=step, tokens=step * cfg.batch, loss=loss.item())
             row |= dict(l0=on.sum().item(), core_l0=on[: self.sae.n_core].sum().item())
             row |= dict(dead=n_dead / cfg.d_sae, seconds=now - self.began)
+            self.log(row | dict(lr=self.adam.param_groups[0]["lr"]))
             words = "{step:7d} {loss:8.4f} {l0:7.1f} {core_l0:7.1f} {dead:6.1%} {seconds:8.0f}"
             tqdm.write(words.format(**row))
-            self.log(dict(row, lr=self.adam.param_groups[0]["lr"]))
         # Dead latents are looked for every 10 steps, and a checkpoint falls just before that.
         due = step % 10 == 0 and now - self.saved_at >= 60 * cfg.checkpoint_minutes
         if due or step == steps:
@@ -901,7 +858,7 @@ class Journal:
                 raise ValueError(f"diverged by step {step}: try a smaller --lr, another --out")
             state = dict(step=step, sae=self.sae.state_dict(), adam=self.adam.state_dict())
             with written_whole(self.path) as part:
-                torch.save(dict(state, silent=self.silent), part)
+                torch.save(state | dict(silent=self.silent), part)
             self.saved_at = now
 
     def log(self, row):
@@ -910,18 +867,21 @@ class Journal:
             file.write(json.dumps(row) + "\n")
 
 
-def print_table(results, core):
+def print_table(cfg, core):
     """Print a row for each cycle, and how often the latents of the last core were selected."""
     print("cycle     core   kept    new dropped      l0 core l0  ce recovered    dead  fvu")
     row = "{cycle:<8d}{core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:7.1f}"
     row += "{ce_recovered:14.4f} {dead:7.1%} "
-    for result in results:
+    for cycle in range(cfg.cycles + 1):
+        result = read_json(f"{cfg.out}/cycle{cycle}/cfg.json")["metadata"]["result"]
         print(row.format(**result), *(f"{v:.4f}" for v in result["fvu"]))
+    if result["core_l0"] > cfg.k / 2:
+        print(f"warning: the core alone has L0 {result['core_l0']:.1f}, above half of k {cfg.k}")
     print(f"latents that 1, 2, ... trainings selected: {core.votes.bincount()[1:].tolist()}")
 
 
-# ---- 3.4 Files ----------------------------------------------------------------------------------
-@contextlib.contextmanager
+# ---- 3.5 Files --------------------------------------------------------------
+@contextmanager
 def refusing(what):
     """Every error inside becomes a ValueError that begins with `what`."""
     try:
@@ -930,11 +890,11 @@ def refusing(what):
         raise ValueError(f"{what} ({e if isinstance(e, ValueError) else repr(e)})") from e
 
 
-@contextlib.contextmanager
-def written_whole(path):
+@contextmanager
+def written_whole(path, mark="part"):
     """Yield another name to write a file or folder under, and rename it to `path` at the end: a
     crash leaves no half-written file."""
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{mark}")
     yield part
     part.replace(path)
 
@@ -942,13 +902,13 @@ def written_whole(path):
 def read_json(path):
     """The content of a JSON file, a dict."""
     with refusing(f"{path}: is missing or damaged; move its folder away"):
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return dict(json.loads(Path(path).read_text("utf-8")))
 
 
 def write_json(data, path):
     """Write data as JSON to `path`, whole or not at all."""
     with written_whole(path) as part:
-        part.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        part.write_text(json.dumps(data, indent=1), "utf-8")
 
 
 # What SAELens must know of an SAE, to compute what `MatryoshkaSAE.encode` does.
@@ -990,7 +950,7 @@ def load_sae(folder, device="cpu"):
         sae = MatryoshkaSAE(cfg["d_in"], ours["widths"], ours["n_core"])
         weights = load_file(f"{folder}/sae_weights.safetensors")
         sae.load_state_dict(dict(weights, W_enc=weights["W_enc"].T))
-    return sae.to(device)
+        return sae.to(device)
 
 
 def generator(*key):
@@ -998,14 +958,14 @@ def generator(*key):
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-# ---- 3.5 The demo's language model --------------------------------------------------------------
+# ---- 3.6 The demo's language model ------------------------------------------
 def build_demo(folder, steps=3000):
     """Train a small Gemma-2 on Python's own documentation and sources; put all into `folder`."""
     from pydoc_data.topics import topics
     from tokenizers import ByteLevelBPETokenizer
     from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-    sources = Path(sysconfig.get_path("stdlib")).glob("*.py")
+    sources = Path(os.__file__).parent.glob("*.py")
     docs = [*topics.values(), *(p.read_text("utf-8", errors="replace") for p in sources)]
     docs = [d[i : i + 4000] for d in docs for i in range(0, len(d), 4000)]
     docs.sort(key=lambda d: zlib.crc32(d.encode()))  # A fixed shuffle: held out is like the rest.
@@ -1032,27 +992,22 @@ def build_demo(folder, steps=3000):
         model.save_pretrained(part)
         PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special).save_pretrained(part)
         lines = "\n".join(json.dumps({"text": d}) for d in docs)
-        (part / "text.jsonl").write_text(lines, encoding="utf-8")
+        (part / "text.jsonl").write_text(lines, "utf-8")
 
 
-# ---- 3.6 The command line -----------------------------------------------------------------------
+# ---- 3.7 The command line ---------------------------------------------------
 def parse(argv=None):
     """Command line -> Config. What cannot be read ends the program with one line and code 2."""
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser("dmsae.py", formatter_class=defaults, allow_abbrev=False)
     parser.error = lambda why: parser.exit(2, f"dmsae: {why}; --help shows all flags\n")
+    options = {bool: dict(action="store_true"), tuple: dict(type=float, nargs="*")}
     for field in fields(Config):
-        kind = get_args(field.type)[0]
-        options = dict(type=kind)
-        if kind is bool:
-            options = dict(action="store_true")
-        elif get_origin(kind) is Literal:
-            options = dict(choices=get_args(kind))
-        elif get_origin(kind) is tuple:
-            options = dict(type=float, nargs="*")
+        kind, words, *_ = get_args(field.type)
+        choices = get_args(kind)  # of a Literal
+        how = dict(choices=choices) if choices else options.get(kind, dict(type=kind))
         flags = sorted({f"--{field.name}", f"--{field.name.replace('_', '-')}"})
-        help_text = field.type.__metadata__[0]
-        parser.add_argument(*flags, default=field.default, help=help_text, **options)
+        parser.add_argument(*flags, default=field.default, help=words, **how)
     if "--demo" in (argv or sys.argv):
         parser.set_defaults(**DEMO)
     return Config(**vars(parser.parse_args(argv)))
@@ -1060,21 +1015,18 @@ def parse(argv=None):
 
 def check(cfg):
     """Raise ValueError for settings that cannot work, before anything is downloaded or trained."""
-    for field in fields(Config):
-        _, *limits = field.type.__metadata__
-        for value in np.atleast_1d(getattr(cfg, field.name)) if limits else ():
-            if not limits[0] <= value <= limits[1]:
-                must = f"must be from {limits[0]} to {limits[1]}, for example {field.default}"
-                raise ValueError(f"--{field.name.replace('_', '-')} {value}: {must}")
-    if cfg.k >= cfg.d_sae:
-        raise ValueError(f"--k {cfg.k}: must be below --d-sae {cfg.d_sae}, for example 1")
-    if cfg.tokens < cfg.batch:
-        must = f"must be at least --batch {cfg.batch}, for example {1000 * cfg.batch}"
-        raise ValueError(f"--tokens {cfg.tokens}: {must}")
+    ranges = {f.name: get_args(f.type)[2:] for f in fields(Config) if get_args(f.type)[2:]}
+    ranges |= dict(k=(1, cfg.d_sae - 1), tokens=(cfg.batch, 10**12))
+    for name, (low, high) in ranges.items():
+        value = getattr(cfg, name)
+        if np.any(np.clip(value, low, high) != value):  # (It is true for nan.)
+            example = getattr(Config, name) if low <= np.min(getattr(Config, name)) <= high else low
+            must = f"must be from {low} to {high}, for example {example}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {must}")
     cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # Is there room for the core?
     path = Path(cfg.text or "")
-    made_by_demo = cfg.demo and cfg.text == f"{cfg.model}/text.jsonl"
-    if cfg.text and not made_by_demo and not (path.suffix in LOADERS and path.is_file()):
+    usable = path.suffix in LOADERS and path.is_file()
+    if cfg.text and cfg.text != f"{cfg.out}/model/text.jsonl" and not usable:
         raise ValueError(f"--text {path}: must be an existing file in {', '.join(LOADERS)}")
     if Path(cfg.cache or "").is_file():
         raise ValueError(f"--cache {cfg.cache}: must be a folder")
@@ -1082,7 +1034,7 @@ def check(cfg):
         torch.empty(0, device=cfg.device)
 
 
-@contextlib.contextmanager
+@contextmanager
 def setting_up(program):
     """While a run is set up, an error that the user can fix is one line, and exit code 2."""
     try:
