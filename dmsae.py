@@ -46,6 +46,9 @@ from tqdm import tqdm
 DEMO = dict(layer=1, ctx=128, d_sae=2048, k=16, batch=512, lr=6e-3, cycles=3)
 DEMO |= dict(tokens=400_000, attribution_tokens=60_000)  # the defaults under --demo
 BLOCK = 262_144  # tokens that are harvested and shuffled together
+LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # of the package `datasets`
+# What SAELens must know of an SAE, to compute what `MatryoshkaSAE.encode` does.
+SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
 
 
 @dataclass
@@ -140,6 +143,12 @@ class MatryoshkaSAE(nn.Module):
 
     def forward(self, x):
         return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def fold_scale(self, scale):
+        """Turn an SAE of scale * x into one of x. Encoder and decoder rows stay as they are."""
+        for tensor in (self.b_enc, self.b_dec, self.threshold):
+            tensor /= scale
 
 
 def shared_budget(n_tokens, k, n_core_active):
@@ -269,8 +278,7 @@ def train(run, core, cycle, journal):
         journal.after_step(step + 1, loss.detach(), fired, len(dead))
         if step + 1 < steps:
             x = next(batches)
-    for tensor in (sae.b_enc.data, sae.b_dec.data, sae.threshold):
-        tensor /= run.scale  # The rows stay as they are.
+    sae.fold_scale(run.scale)
     return sae, (silent >= dead_after).float().mean().item()
 
 
@@ -535,9 +543,7 @@ def load_model(cfg):
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         model = model.to(cfg.device).eval().requires_grad_(False)
         ids = torch.tensor([tokenizer("What is useful again and again stays.")["input_ids"]])
-        loss = mean_loss(model, cfg.layer, ids, ids >= 0, nn.Identity())
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss of a sentence is {loss}")
+        mean_loss(model, cfg.layer, ids, ids >= 0, nn.Identity())  # It is refused unless finite.
         return model, tokenizer
 
 
@@ -633,16 +639,15 @@ def spliced_loss(model, layer, ids, keep, replace):
 
 @torch.no_grad()
 def mean_loss(model, layer, ids, keep, replace):
-    """spliced_loss in nats per token, over any number of contexts: a float."""
-    parts = in_parts(model, ids, keep)
-    total = sum(spliced_loss(model, layer, *part, replace) for part in parts)
-    return float(total / keep[:, :-1].sum())
+    """spliced_loss in nats per token, over any number of contexts: a float, which is finite."""
+    losses = [spliced_loss(model, layer, *part, replace) for part in in_parts(model, ids, keep)]
+    loss = float(sum(losses) / keep[:, :-1].sum())
+    if not math.isfinite(loss):
+        raise ValueError(f"the model's next-token loss is {loss}")
+    return loss
 
 
 # ---- 3.2 Text ---------------------------------------------------------------
-LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # of the package `datasets`
-
-
 def documents(cfg):
     """Yield the documents of --text or --dataset."""
     from datasets import load_dataset
@@ -911,10 +916,6 @@ def write_json(data, path):
         part.write_text(json.dumps(data, indent=1), "utf-8")
 
 
-# What SAELens must know of an SAE, to compute what `MatryoshkaSAE.encode` does.
-SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
-
-
 def save_cycle(run, folder, training, sae, core, result):
     """Write what a cycle leaves to `folder`: the SAE in SAELens' layout, the core, the figures."""
     cfg = run.cfg
@@ -1015,21 +1016,18 @@ def parse(argv=None):
 
 def check(cfg):
     """Raise ValueError for settings that cannot work, before anything is downloaded or trained."""
-    ranges = {f.name: get_args(f.type)[2:] for f in fields(Config) if get_args(f.type)[2:]}
-    ranges |= dict(k=(1, cfg.d_sae - 1), tokens=(cfg.batch, 10**12))
-    for name, (low, high) in ranges.items():
-        value = getattr(cfg, name)
-        if np.any(np.clip(value, low, high) != value):  # (It is true for nan.)
-            example = getattr(Config, name) if low <= np.min(getattr(Config, name)) <= high else low
-            must = f"must be from {low} to {high}, for example {example}"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: {must}")
+    for field in fields(Config):
+        _, _, *limits = get_args(field.type)
+        value = getattr(cfg, field.name)
+        if limits and np.any(np.clip(value, *limits) != value):  # This is true for nan, too.
+            must = f"must be from {limits[0]} to {limits[1]}, for example {field.default}"
+            raise ValueError(f"--{field.name.replace('_', '-')} {value}: {must}")
+    if cfg.tokens < cfg.batch:
+        raise ValueError(f"--tokens {cfg.tokens}: must be at least --batch {cfg.batch}")
     cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # Is there room for the core?
-    path = Path(cfg.text or "")
-    usable = path.suffix in LOADERS and path.is_file()
+    usable = Path(cfg.text or "").suffix in LOADERS and Path(cfg.text).is_file()
     if cfg.text and cfg.text != f"{cfg.out}/model/text.jsonl" and not usable:
-        raise ValueError(f"--text {path}: must be an existing file in {', '.join(LOADERS)}")
-    if Path(cfg.cache or "").is_file():
-        raise ValueError(f"--cache {cfg.cache}: must be a folder")
+        raise ValueError(f"--text {cfg.text}: must be an existing file in {', '.join(LOADERS)}")
     with refusing(f"--device {cfg.device}: must be cpu, cuda or cuda:N"):
         torch.empty(0, device=cfg.device)
 
