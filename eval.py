@@ -1,30 +1,33 @@
-"""SAEBench's metrics, light and exact, for SAEs of dmsae.py and for SAELens `jumprelu` folders.
+"""Measure SAEs: SAEBench's metrics in one file, for folders of dmsae.py and of SAELens 6.
 
     python eval.py runs/gemma-2-2b_k64_seed0                  # its plain SAE beside its last one
     python eval.py runs/seed0 runs/seed1 --labelled news.csv --html --all
 
-One function for each metric, in the order of the table; then the page and the command line. A
-metric returns a dict of figures, and raises CannotRun where it has no value. In a notebook:
+Each metric is one function. It returns a dict of figures, which MEANING explains, or it raises
+CannotRun. Each can be used alone:
 
-    model, tokenizer, _ = dmsae.load_model(dmsae.Config(model="google/gemma-2-2b", layer=12))
+    model, tokenizer = dmsae.load_model(dmsae.Config(model="google/gemma-2-2b", layer=12))
     sae = unit_rows(dmsae.load_sae("runs/seed0/cycle5", model.device))
-    absorption(model, 12, tokenizer, sae)
-    X, A = pooled(model, 12, tokenizer, sae, texts)  # for tpp and scr too
+    X, A = pooled(model, 12, tokenizer, sae, texts)
     sparse_probing(X, A, labels)
 
-Definitions are SAEBench 0.6.0's (Karvonen et al. 2025, arXiv 2503.09532) unless a docstring says
-"ours"; decoder rows must have unit norm. Shapes: dmsae.py's; n words or texts, P probes, V tokens.
+Definitions are SAEBench 0.6.0's (Karvonen et al. 2025, arXiv 2503.09532) unless a comment says
+"ours". Decoder rows must have unit norm. Positions with a residual norm above `limit` are left out,
+as in training. Shapes: as in dmsae.py; n words or texts, P probes, V tokens in the vocabulary.
 """
 
 import argparse
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import sys
 import tempfile
+import zlib
 from collections import Counter, defaultdict, namedtuple
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -35,44 +38,85 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import dmsae
-from dmsae import BadInput, Config, load_core, load_sae, read_json, refusing, residual_stream
+from dmsae import generator, load_core, load_sae, read_json, refusing, residual_stream
 
+# What each figure is; N is a number. NAME_std is the deviation of NAME, as of a sample: over
+# letters in absorption, over classes in probing, over seeds in tpp and scr.
+MEANING = """
+l0, core_l0: latents that are active per token; those of the core
+frac_alive: share of the latents that are active anywhere in this text; higher is better
+fvu: squared error over the variance about the mean; lower is better
+fvu_all_positions: fvu with the positions that training left out for their norm
+ce_loss_without_sae, ce_loss_with_sae: next-token loss of the model alone, and with the SAE, in nats
+ce_loss_with_ablation: next-token loss with the layer's output zeroed, in nats
+ce_loss_score: share of what zeroing costs that the SAE recovers; higher is better
+explained_variance: as SAEBench 0.6.0 has it, about zero; 1 - fvu is the usual one
+explained_variance_legacy: mean over tokens of 1 - FVU of the token, as in SAEBench's papers
+cossim: mean cosine of residual and reconstruction; higher is better
+tokens: tokens measured on; in stability, tokens of the training
+full_absorption_rate: share of words whose main latents are silent while one other fires
+fraction_0_6_0: how much of the letter other latents carry, as SAEBench 0.6.0 has it
+num_split_features: main latents of a letter
+main_f1: how well the main latents tell the letter; below 0.6 there are no figures
+letters: letters that can be read from the residual
+words: words used: compare only with as many, for the fraction falls as they grow
+sae_top_N_test_accuracy: accuracy of a probe on the N best latents; chance is 0.5
+llm_top_N_test_accuracy: accuracy of a probe on the N best channels of the residual
+probe_accuracy: accuracy of the probes before any ablation
+tpp_threshold_N_total_metric: intended less unintended, without N latents; higher is better
+tpp_threshold_N_intended: accuracy that the probe of a class loses without its N latents
+tpp_threshold_N_unintended: accuracy that the probes of other classes lose by it
+scr_metric_threshold_N: the direction of lower biased accuracy, none in a tie; 1 is best
+scr_dirN_threshold_N: share of the way from biased to oracle accuracy, without N latents
+pairs: pairs of classes measured on
+cycle, core: number of the training; latents of the core that was chosen after it
+kept, dropped: latents of the core before that were chosen again, and that were not
+new: latents of the core that were chosen for the first time
+jaccard: kept latents over those in either core; 1 is the same core
+identity_overlap: share of the core before that was kept
+dead: share of latents that were dead at the end of the training
+ce, ce_recovered: ce_loss_with_sae and ce_loss_score after the training
+"""
+METRICS = "reconstruction absorption probing tpp scr stability".split()
+MIN_F1 = 0.6  # of a letter's probe, and of its main latents: below, there is nothing to measure
+MIN_LETTERS = 20  # that the probes must read (SAEBench)
+ABLATED = 2, 5, 10, 20, 50, 100, 500  # latents at once; SAEBench's main figure is that of 20
+# What is printed without --all.
+PRINTED = "reconstruction: .*|absorption: (full.*rate|words)|.*sae_top_1_test_accuracy"
+PRINTED += "|.*tpp_threshold_20_total_metric|.*scr_metric_threshold_20|stability: (core|kept)"
 bar = partial(tqdm, disable=None, leave=False)  # a progress bar, on a terminal only
 
 
 class CannotRun(Exception):
-    """Why a metric has no value here."""
+    """Why a metric has no figures here. The other metrics go on."""
 
 
 def mean_of(rows):
-    """Of each figure in rows (dicts), None left out: the mean, and as figure_std the deviation."""
+    """Means over rows, dicts of the same figures, and as NAME_std the deviations; without None."""
     out = {}
-    for key in rows[0]:
-        values = [row[key] for row in rows if row[key] is not None]
-        out[key] = float(np.mean(values)) if values else None
-        out[f"{key}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    for name in rows[0]:
+        values = [row[name] for row in rows if row[name] is not None]
+        out[name] = np.mean(values) if values else None
+        out[f"{name}_std"] = np.std(values, ddof=1) if len(values) > 1 else None
     return out
 
 
-def special_tokens(tokenizer):
-    """Ids of BOS, EOS and PAD, of those that there are; the first one begins every context."""
-    ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    return [i for i in ids if i is not None]
+def unit_rows(sae):
+    """Rescale each latent, in place, to a decoder row of unit norm. The SAE computes the same."""
+    norm = sae.requires_grad_(False).W_dec.norm(dim=1).clamp_min(1e-8)  # (F,)
+    sae.W_dec /= norm[:, None]
+    for tensor in sae.W_enc.T, sae.b_enc, sae.threshold:
+        tensor *= norm
+    return sae
 
 
 def residuals(model, layer, rows):
-    """The residual stream of each of rows, lists of ids, in turn: (its length, D)"""
+    """Yield the residual stream of each of rows, lists of token ids: (its length, D)."""
     for i in bar(range(0, len(rows), 64), "residuals"):
-        part = [torch.tensor(row) for row in rows[i : i + 64]]
-        ids = pad_sequence(part, batch_first=True)  # on the right, where no earlier token sees it
-        for row, x in zip(part, residual_stream(model, layer, ids.to(model.device)), strict=True):
-            yield x[: len(row)].float()
-
-
-def edited_logits(model, layer, ids, edit):
-    """Logits (R, T, V) where the layer's output h (R, T, D) is replaced by edit(h)."""
-    with dmsae.spliced(model, layer, edit):
-        return model(ids, use_cache=False).logits
+        batch = [torch.tensor(row) for row in rows[i : i + 64]]
+        ids = pad_sequence(batch, True).to(model.device)  # on the right, where no token sees it
+        for row, x in zip(batch, residual_stream(model, layer, ids), strict=True):
+            yield x[: len(row)].float()  # (T, D)
 
 
 # ---- Probes, as SAEBench trains them. A probe is its weights, and then its bias: (d + 1,) --------
@@ -82,225 +126,171 @@ def probe_logits(x, probes):
 
 
 def logistic_regression(x, y, balanced=False):
-    """scikit-learn's (L2, C = 1), by LBFGS in float64. balanced: both classes weigh alike. On the
-    CPU, as a GPU would wait at some 700 evaluations. x (n, d), y (n,) bool -> probe (1, d + 1)"""
-    like, x, y = x, x.double().cpu(), y.double().cpu()
-    weight = 0.5 / torch.where(y > 0, y.mean(), 1 - y.mean()) if balanced else None
-    probe = x.new_zeros(1, x.shape[1] + 1, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([probe], max_iter=500, line_search_fn="strong_wolfe")
+    """The minimum of scikit-learn's LogisticRegression(C=1): x (n, d), y (n,) bool -> (1, d + 1).
+    balanced: both classes weigh the same."""
+    # In float64, and on the CPU: a GPU would wait at each of hundreds of tiny steps.
+    columns, truth = x.double().cpu(), y.double().cpu()
+    weight = 0.5 / torch.where(truth > 0, truth.mean(), 1 - truth.mean()) if balanced else None
+    mean = columns.mean(0)  # (d,)
+    columns = columns - mean  # (n, d)
+    # LBFGS stops early where columns differ in scale. So it moves probe / scale, where curvatures
+    # are alike: about n / 4 times the variance from the loss, and 1 from the penalty.
+    scale = (1 + len(x) / 4 * columns.square().mean(0)).rsqrt()  # (d,)
+    scale = F.pad(scale, (0, 1), value=1.0)  # The bias stays as it is.
+    z = torch.zeros_like(scale[None], requires_grad=True)  # (1, d + 1)
+    exact = dict(tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    lbfgs = torch.optim.LBFGS([z], max_iter=500, **exact)
 
     def objective():
         lbfgs.zero_grad()
-        logits = probe_logits(x, probe)[:, 0]
-        loss = F.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum")
-        loss = loss + probe[:, :-1].square().sum() / 2
+        logits = probe_logits(columns, z * scale)[:, 0]  # (n,)
+        loss = F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="sum")
+        loss += (z * scale)[:, :-1].square().sum() / 2  # The penalty, in the old units.
         loss.backward()
         return loss
 
     lbfgs.step(objective)
-    return probe.detach().to(like)
+    probe = (z * scale).detach()  # (1, d + 1)
+    probe[:, -1] -= probe[:, :-1] @ mean  # of columns that are not centred
+    return probe.to(x)
 
 
 @torch.enable_grad()
 def train_epoch(probes, adam, x, y, batch, rng, l1, pos_weight=None):
-    """One epoch of probes (P, d + 1): BCE + l1 * their mean |w|_1. x (n, d), y (n, P)"""
+    """An epoch of P probes on x (n, d), y (n, P): cross-entropy + l1 * mean over P of sum |w|."""
     for at in torch.randperm(len(x), generator=rng).to(x.device).split(batch):
-        logits = probe_logits(x[at], probes)
+        logits = probe_logits(x[at], probes)  # (batch, P)
         loss = F.binary_cross_entropy_with_logits(logits, y[at], pos_weight=pos_weight)
         adam.zero_grad()
         (loss + l1 * probes[:, :-1].abs().sum(1).mean()).backward()
         adam.step()
 
 
-def train_letter_probes(x, y, batch, weight_decay, l1=0.0, seed=0):
-    """A one-vs-rest probe for each letter, positives weighted by negatives / positives: Adam, 50
-    epochs, rate 1e-2 falling to 1e-5. Ours: at least 20 batches an epoch, so 1000 steps, as
-    SAEBench's vocabularies give; few words in batches of 4096 would give its L1 probe 50 steps, and
-    absorption would measure that. x (n, d), y (n,) in 0..25 -> (26, d + 1)"""
-    rng = dmsae.generator(seed, "letters")
-    is_letter = F.one_hot(y, 26).float()
-    rare = len(y) / is_letter.sum(0).clamp_min(1) - 1  # (26,)
+def train_letter_probes(x, y, batch, weight_decay, seed=0, l1=0.0):
+    """A one-vs-rest probe for each letter: x (n, d), y (n,) in 0..25 -> (26, d + 1). Ours: at least
+    20 batches in each of 50 epochs, so 1000 steps, as SAEBench's vocabularies give. Few words in
+    batches of 4096 would give 50 steps, and absorption would measure that."""
+    rng = generator(seed, "letters")
+    is_letter = F.one_hot(y, 26).float()  # (n, 26)
+    pos_weight = len(y) / is_letter.sum(0).clamp_min(1) - 1  # (26,) negatives / positives
     probes = x.new_zeros(26, x.shape[1] + 1, requires_grad=True)
     adam = torch.optim.Adam([probes], weight_decay=weight_decay)
-    batch = min(batch, max(1, len(x) // 20))
-    for epoch in range(50):
+    batch = min(batch, max(1, len(x) // 20))  # 20 batches an epoch, or more
+    for epoch in bar(range(50), "letter probes"):
         adam.param_groups[0]["lr"] = 1e-2 * 1e-3 ** (epoch / 50)
-        train_epoch(probes, adam, x, is_letter, batch, rng, l1, rare)
+        train_epoch(probes, adam, x, is_letter, batch, rng, l1, pos_weight)
     return probes.detach()
 
 
 def is_positive(task, device):
-    """Of a task (2, m), indices of positives and then of the rest: (2 m,) bool"""
+    """The labels of a task (2, m), indices of positives and then of others: (2 m,) bool."""
     return torch.arange(task.numel(), device=device) < task.shape[1]
 
 
-def accuracy(x, test, probe):
-    """Accuracy of one probe on a task (2, m) of x (n, d): a float"""
-    says = probe_logits(x[test.flatten()], probe)[:, 0] > 0
-    return (says == is_positive(test, x.device)).float().mean().item()
+def accuracy(x, task, probe):
+    """Accuracy of one probe (1, d + 1) on a task (2, m) of x (n, d): a float."""
+    says = probe_logits(x[task.flatten()], probe)[:, 0] > 0  # (2 m,)
+    return (says == is_positive(task, x.device)).float().mean().item()
 
 
 def train_probe(x, train, test, seed=0):
-    """A probe for TPP and SCR: AdamW at 1e-3, L1 1e-3, batches of 16, of 20 epochs that of the best
-    test accuracy. x (n, d), train and test tasks (2, m) of it -> (1, d + 1)"""
-    rng = dmsae.generator(seed, "probes")
-    y = is_positive(train, x.device).float()[:, None]
-    probe = x.new_zeros(1, x.shape[1] + 1, requires_grad=True)
-    adam = torch.optim.AdamW([probe], lr=1e-3)
-    epochs = []
+    """A probe for TPP and SCR, of tasks (2, m) of x (n, d): (1, d + 1). AdamW, batches of 16; of
+    20 epochs the one that is best on `test`. It starts as nn.Linear does, from the seed."""
+    rng = generator(seed, "probes")
+    y = is_positive(train, x.device).float()[:, None]  # (2 m, 1)
+    bound = x.shape[1] ** -0.5
+    probe = torch.empty(1, x.shape[1] + 1).uniform_(-bound, bound, generator=rng).to(x)
+    adam = torch.optim.AdamW([probe.requires_grad_()], lr=1e-3)
+    epochs = []  # (accuracy, probe) after each
     for _ in range(20):
         train_epoch(probe, adam, x[train.flatten()], y, 16, rng, 1e-3)
         epochs.append((accuracy(x, test, probe), probe.detach().clone()))
     return max(epochs, key=lambda epoch: epoch[0])[1]
 
 
-# ---- Core: what the language model loses, what the reconstruction loses, how sparse it is --------
-def spliced_losses(model, layer, ids, keep, x_hat):
-    """Sums over the positions keep (R, T) of the next-token loss and of the KL divergence to the
-    model's own prediction, in nats, of the model itself, with the layer's output zeroed, and with
-    x_hat (B, D) at these positions: (3, 2)"""
-    edits = torch.zeros_like, lambda h: h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
-    own = model(ids, use_cache=False).logits  # (R, T, V)
-    edited = (edited_logits(model, layer, ids, edit) for edit in edits)  # one at a time: V is large
-    following = F.pad(ids[:, 1:], (0, 1), value=-100).where(keep, -100)  # -100: not counted
-    sums = torch.zeros(3, 2, dtype=torch.float64, device=own.device)  # .item() would stop a GPU
-    for logits, (ce, kl) in zip(itertools.chain([own], edited), sums, strict=True):
-        for q, p, target, kept in zip(logits, own, following, keep, strict=True):
-            q, p = (t.float().log_softmax(-1) for t in (q, p))  # (T, V)
-            ce += F.nll_loss(q, target, reduction="sum")
-            kl += (F.kl_div(q, p, reduction="none", log_target=True).sum(1) * kept).sum()
-    return sums
-
-
-def core_sums(model, layer, ids, keep, sae):
-    """Sums over a batch's tokens where keep (R, T), means where SAEBench averages over batches. In
-    float64: sums of squares minus squared sums lose float32's digits."""
-    x = residual_stream(model, layer, ids)[keep].float()  # (B, D)
-    acts = sae.encode(x)  # (B, F)
-    x, x_hat = x.double(), sae.decode(acts).double()
-    norm_in, norm_out = x.norm(dim=1), x_hat.norm(dim=1)  # (B,)
-    error = (x - x_hat).square().sum(1)
-    return dict(
-        losses=spliced_losses(model, layer, ids, keep, x_hat),
-        x=x.sum(0),
-        square=norm_in.square().sum(),
-        error=error.sum(),
-        explained_variance_legacy=(1 - error / (x - x.mean(0)).square().sum(1)).sum(),
-        mse_saebench=error.mean(),
-        cossim=F.cosine_similarity(x, x_hat).sum(),
-        l2_norm_in=norm_in.sum(),
-        l2_norm_out=norm_out.sum(),
-        l2_ratio=(norm_out / norm_in).sum(),
-        bias=norm_out.square().sum() / (x * x_hat).sum(),
-        fired=(acts > 0).sum(0),
-        l1=acts.sum(dtype=torch.float64),
-    )
-
-
-def latent_figures(density, sae):
-    """How often latents fire, density (F,), and how close they are to each other: {name: ()}
-
-    frac_alive: share of latents that fire at all on this text
-    l0, core_l0: latents on at a token; those of the core
-    freq_over_N_percent, normalized_freq_over_N_percent: latents on at more tokens; of all firing
-    average_max_encoder_cosine_sim, average_max_decoder_cosine_sim: to the nearest other latent
-    """
-    alive = (density > 0).double().mean()
-    out = dict(frac_alive=alive, l0=density.sum(), core_l0=density[: sae.n_core].sum())
-    for percent in 1, 10:
-        often = density > percent / 100
-        out[f"freq_over_{percent}_percent"] = often.double().mean()
-        out[f"normalized_freq_over_{percent}_percent"] = density[often].sum() / density.sum()
-    for name, rows in ("encoder", sae.W_enc), ("decoder", sae.W_dec):
-        rows = F.normalize(rows)
-        nearest = [(part @ rows.T).topk(2).values[:, 1] for part in rows.split(4096)]  # not itself
-        out[f"average_max_{name}_cosine_sim"] = torch.cat(nearest).mean()
-    return out
-
-
+# ---- Reconstruction, SAEBench's group "core": what is lost, and how sparse it is -----------------
 @torch.no_grad()
-def core_metrics(model, layer, ids, keep, sae):
-    """Core evaluation on contexts ids, keep (R, T) of a dmsae.Text. Outside keep the SAE changes
-    nothing; the ablation zeroes all. None is a 0 / 0. For a prefix w: sae.threshold[w:] = math.inf
+def reconstruction(model, layer, ids, keep, sae, limit=math.inf):
+    """SAEBench's group "core", on contexts ids, keep (R, T) of dmsae.contexts. Outside keep the SAE
+    changes nothing. Where a figure has no number, as for 0 / 0, it is None. To measure a prefix of
+    width w alone, first set sae.threshold[w:] = math.inf."""
+    sums = Counter()  # It adds what has the same name.
+    # 2048 tokens at a time, as SAEBench's 16 contexts of 128.
+    for some, kept in dmsae.in_parts(model, ids, keep, 2048):
+        x = residual_stream(model, layer, some)[kept].float()  # (B, D)
+        acts, usual = sae.encode(x), x.norm(dim=1) <= limit  # (B, F), (B,)
+        # In float64: differences of sums of squares need its digits.
+        x, x_hat = x.double(), sae.decode(acts).double()  # (B, D)
+        error, square = (x - x_hat).square().sum(1), x.square().sum(1)  # (B,)
+        rows = torch.stack([usual, usual | True]).double()  # (2, B): within the limit, and all
+        sums.update(n=rows.sum(1), x=rows @ x, square=rows @ square, error=rows @ error)
+        x, x_hat, error = x[usual], x_hat[usual], error[usual]
+        legacy = 1 - error / (x - x.mean(0)).square().sum(1)  # (B,)
+        cosine = F.cosine_similarity(x, x_hat)  # (B,)
+        sums.update(legacy=legacy.sum(), cosine=cosine.sum(), fired=(acts[usual] > 0).sum(0))
+    n, square = sums["n"], sums["square"]  # (2,) each
+    density = sums["fired"] / n[0]  # (F,)
+    fvu = sums["error"] / (square - sums["x"].square().sum(1) / n)  # (2,)
+    # SAEBench subtracts the square of one number, the mean square over D, not of the mean.
+    variance = square[0] - n[0] * (square[0] / n[0] / len(sae.b_dec)) ** 2
+    figures = dict(l0=density.sum(), core_l0=density[: sae.n_core].sum(), fvu=fvu[0])
+    figures |= dict(fvu_all_positions=fvu[1], explained_variance=1 - sums["error"][0] / variance)
+    figures |= dict(explained_variance_legacy=sums["legacy"] / n[0], cossim=sums["cosine"] / n[0])
+    figures["frac_alive"] = (density > 0).double().mean()
+    contexts = model, layer, ids, dmsae.without_outliers(model, layer, ids, keep, limit)
+    own, with_sae = dmsae.mean_loss(*contexts, lambda x: x), dmsae.mean_loss(*contexts, sae)
+    with dmsae.spliced(model, layer, torch.zeros_like):  # at BOS too
+        zeroed = dmsae.mean_loss(*contexts, lambda x: x)
+    figures["ce_loss_score"] = (zeroed - with_sae) / (zeroed - own or math.nan)
+    figures |= dict(ce_loss_without_sae=own, ce_loss_with_sae=with_sae)
+    figures["ce_loss_with_ablation"] = zeroed
+    figures = {name: float(t) if math.isfinite(t) else None for name, t in figures.items()}
+    return figures | dict(tokens=int(n[0]))
 
-    ce_loss_without_sae, ce_loss_with_sae: next-token loss without and with the SAE, nats a token
-    ce_loss_with_ablation, kl_div_with_ablation: loss and divergence with the layer's output zeroed
-    kl_div_with_sae: KL divergence to the model's own prediction, nats a token
-    ce_loss_score, kl_div_score: share of what zeroing costs that the SAE recovers; 1 is best
-    fvu: squared error over the variance about the mean
-    explained_variance_legacy: mean over tokens of 1 - such a ratio, as in SAEBench's papers
-    explained_variance_0_6_0: about zero, as SAEBench 0.6.0 has it
-    mse_saebench: squared error of a token, over the tokens of a batch
-    cossim, l1: mean cosine of input and reconstruction; mean sum of activations at a token
-    l2_norm_in, l2_norm_out, l2_ratio: mean norm of input and reconstruction; mean ratio
-    relative_reconstruction_bias: mean squared norm of the reconstruction over its inner product
-    """
-    batches = list(dmsae.in_parts(model, ids, keep, 2048))  # SAEBench's batch: 16 contexts of 128
-    sums = Counter()  # it adds
-    for batch in bar(batches, "core"):
-        sums.update(core_sums(model, layer, *batch, sae))
-    n = int(keep.sum())
-    error, square, x = sums["error"] / n, sums["square"] / n, sums["x"] / n
-    names = "explained_variance_legacy mse_saebench cossim l1 l2_norm_in l2_norm_out l2_ratio"
-    figures = latent_figures(sums["fired"] / n, sae)
-    figures |= {name: sums[name] / n for name in names.split()}
-    figures["fvu"] = error / (square - x.square().sum())
-    figures["explained_variance_0_6_0"] = 1 - error / (square - (square / len(x)) ** 2)
-    figures["relative_reconstruction_bias"] = sums["bias"] / len(batches)
-    ce, kl = sums["losses"].T
-    ce, kl = ce / int(keep[:, :-1].sum()), kl / n  # (3,) each, nats a token
-    figures["ce_loss_without_sae"] = ce[0]
-    for name, (own, zeroed, with_sae) in ("ce_loss", ce), ("kl_div", kl):
-        figures[f"{name}_with_ablation"] = zeroed
-        figures[f"{name}_with_sae"] = with_sae
-        figures[f"{name}_score"] = (zeroed - with_sae) / (zeroed - own)
-    figures = {name: float(t) if t.isfinite() else None for name, t in figures.items()}
-    return figures | dict(tokens=n, contexts=len(ids))
 
-
-# ---- First-letter absorption: is a latent for "starts with s" silent where one for an s-word fires
-MIN_F1 = 0.6  # of a letter's probe, and of its main latents: below, there is nothing to measure
-MIN_LETTERS = 20  # that the probes must read (SAEBench)
-
-# Residuals x (n, D) at words, x_fresh in other prompts; letters y (n,) 0..25; probes (26, D + 1)
+# ---- First-letter absorption: is the latent for "starts with s" silent at some words? ------------
+# Residuals x (n, D) at words, x_fresh in other prompts; letters y (n,), 0..25; probes (26, D + 1)
 Spelling = namedtuple("Spelling", "x_train y_train x_test y_test x_fresh probes")
 
 
-@cache  # the same for every SAE of a layer; it holds the model until .cache_clear()
-def spelling_task(model, layer, tokenizer, n_words=10**4, seed=0):
-    """The Spelling of at most n_words tokens that are a word, in prompts of "\\n", ten lines
-    "{example} has the first letter: X" of others, and "{word}", which would go on so. CannotRun"""
-    rng = np.random.default_rng(seed)
-    letter = {}
-    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+@cache  # the same for every SAE of a layer; it keeps the model, too, until .cache_clear()
+def spelling_task(model, layer, tokenizer, n_words=10_000, seed=0, limit=math.inf):
+    """The Spelling of at most n_words tokens that are words, a fifth of them for tests. A prompt is
+    a new line, ten lines "{example} has the first letter: X" of other words, and the word, which
+    would go on so. Raises CannotRun where the vocabulary has too few words."""
+    rng, letters = np.random.default_rng(seed), {}  # the letter of each id that is a word: 0..25
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens([*range(len(tokenizer))])):
         if word := re.fullmatch("[ ▁Ġ]?([a-zA-Z]+)", token or ""):
-            letter[i] = ord(word[1][0].upper()) - 65
-    if len(letter) < 100:
-        raise CannotRun(f"the vocabulary has {len(letter)} words of letters only; 100 are needed")
-    words = rng.permutation(list(letter))[:n_words]
+            letters[i] = ord(word[1][0].upper()) - 65
+    if len(letters) < 100:
+        raise CannotRun(f"the vocabulary has {len(letters)} words of letters only; 100 are needed")
+    words = rng.permutation([*letters])[:n_words]  # ids
     train, test = np.split(words, [int(0.8 * len(words))])
 
-    def after(string):  # its ids where it follows another word
-        first, both = tokenizer(["a", "a" + string], add_special_tokens=False)["input_ids"]
-        return both[len(first) :]
-
-    newline, tail = after("\n"), after(" has the first letter:")
-    rest_of_line = [[*tail, *after(f" {chr(65 + c)}"), *newline] for c in range(26)]
+    def after_word(string):
+        word, both = tokenizer(["a", "a" + string], add_special_tokens=False)["input_ids"]
+        return both[len(word) :]
 
     def read(words, pool):
         prompts = []
         for word in words:
-            prompt = [special_tokens(tokenizer)[0], *newline]
+            prompt = [dmsae.special_tokens(tokenizer)[0], *newline]
             examples = rng.choice(pool, 11, replace=False)
             for example in examples[examples != word][:10]:
-                prompt += [example, *rest_of_line[letter[example]]]
+                prompt += [example, *rest_of_line[letters[example]]]
             prompts.append([*prompt, word])
-        return torch.stack([x[-1].clone() for x in residuals(model, layer, prompts)])
+        return torch.stack([x[-1].clone() for x in residuals(model, layer, prompts)])  # (n, D)
 
-    x_train, x_test, x_fresh = read(train, train), read(test, test), read(test, words)
-    y = torch.tensor([letter[word] for word in words], device=model.device)
-    probes = train_letter_probes(x_train, y[: len(train)], 64, 1e-4, seed=seed)
-    return Spelling(x_train, y[: len(train)], x_test, y[len(train) :], x_fresh, probes)
+    newline, tail = after_word("\n"), after_word(" has the first letter:")  # ids
+    rest_of_line = [[*tail, *after_word(f" {chr(65 + c)}"), *newline] for c in range(26)]
+    x, x_test, x_fresh = read(train, train), read(test, test), read(test, words)
+    y = torch.tensor([letters[word] for word in words], device=model.device)  # (n + m,)
+    y, y_test = y.tensor_split([len(train)])
+    usual = x.norm(dim=1) <= limit  # (n,)
+    x, y = x[usual], y[usual]
+    usual = torch.maximum(x_test.norm(dim=1), x_fresh.norm(dim=1)) <= limit  # (m,)
+    probes = train_letter_probes(x, y, 64, 1e-4, seed)
+    return Spelling(x, y, x_test[usual], y_test[usual], x_fresh[usual], probes)
 
 
 def f1_score(positive, truth):
@@ -309,15 +299,15 @@ def f1_score(positive, truth):
 
 
 def main_latents(order, f_train, y_train, f_test, y_test):
-    """A letter's main latents: the first k of order, where a larger k must add .03 to the F1 of a
-    regression on them; and that F1. f (n, F), y (n,) bool"""
+    """A letter's main latents: the first k of `order`, as long as one more adds over .03 to the F1
+    of a regression on them; and that F1. f (n, F) activations, y (n,) bool."""
     best, main = -1.0, None
     for k in range(1, 11):
         probe = logistic_regression(f_train[:, order[:k]], y_train, balanced=True)
-        now = f1_score(probe_logits(f_test[:, order[:k]], probe)[:, 0] > 0, y_test).item()
-        if now <= best + 0.03:
+        f1 = f1_score(probe_logits(f_test[:, order[:k]], probe)[:, 0] > 0, y_test).item()
+        if f1 <= best + 0.03:
             break
-        best, main = now, order[:k]
+        best, main = f1, order[:k]
     return main, best
 
 
@@ -325,46 +315,41 @@ def absorption_scores(f, x, W_dec, w, main):
     """Full absorption (bool) and the absorbed fraction of n words of a letter, (n,) each, from
     activations f (n, F), residuals x (n, D), the letter's probe w (D,), and its main latents."""
     u = F.normalize(w, dim=0)
-    c = F.normalize(W_dec) @ u  # (F,)
-    p = f * c  # (n, F) what each latent adds to
-    A = x @ u  # (n,) the projection on the probe,
-    m = p[:, main].sum(1)  # (n,) and the main ones together
-    top, at = p.max(1)
-    full = (f[:, main] < 1e-8).all(1) & (c[at] >= 0.025) & (A > 0) & (top >= 0.4 * A)
-    others = p * (c >= 0.1).index_fill(0, main, False)
-    t = others.clamp_min(0).topk(min(3, len(c)), 1).values.sum(1)
-    part = torch.minimum(t, A - m)
-    fraction = torch.where(m <= 0, 1, part / (part + m))
-    return full, fraction.masked_fill((m >= A) | (A <= 0) | (t < 0.4 * A), 0)
+    along = F.normalize(W_dec) @ u  # (F,) cosine of each latent with the probe
+    parts = f * along  # (n, F) what each latent adds to
+    projection = x @ u  # (n,) the projection on the probe,
+    by_main = parts[:, main].sum(1)  # (n,) and the main latents together
+    top, at = parts.max(1)  # (n,) the largest, and which it is
+    silent = (f[:, main] < 1e-8).all(1)  # (n,)
+    full = silent & (along[at] >= 0.025) & (projection > 0) & (top >= 0.4 * projection)
+    others = parts * (along >= 0.1).index_fill(0, main, False)  # (n, F)
+    by_others = others.clamp_min(0).topk(min(3, len(along)), 1).values.sum(1)  # (n,)
+    share = torch.minimum(by_others, projection - by_main)  # (n,)
+    fraction = torch.where(by_main <= 0, 1, share / (share + by_main))
+    none = (by_main >= projection) | (projection <= 0) | (by_others < 0.4 * projection)
+    return full, fraction.masked_fill(none, 0)
 
 
 @torch.no_grad()
-def absorption(model, layer, tokenizer, sae, n_words=10**4, seed=0):
-    """First-letter absorption (Chanin et al. 2024, arXiv 2409.14507). CannotRun where too few
-    letters are read from the residual with F1 > .6; ours: or where the main latents' mean F1 is
-    below, as the figure would be theirs.
-
-    full_absorption_rate: share of words whose main latents are silent while one other fires
-    fraction_0_6_0: how much of the letter comes from others, as SAEBench 0.6.0 has it
-    num_split_features: main latents of a letter, mean
-    main_f1: how well they tell the letter, mean; below 0.6 there would be no figure
-    """
-    task = spelling_task(model, layer, tokenizer, n_words, seed)
+def absorption(model, layer, tokenizer, sae, n_words=10_000, seed=0, limit=math.inf):
+    """First-letter absorption (Chanin et al. 2024, arXiv 2409.14507), mean over letters. Raises
+    CannotRun where the residual tells too few letters; ours: or where the main latents tell them
+    badly, for the figures would be about that."""
+    task = spelling_task(model, layer, tokenizer, n_words, seed, limit)
     read = probe_logits(task.x_test, task.probes) > 0  # (m, 26)
-    is_letter = F.one_hot(task.y_test, 26).bool()
+    is_letter = F.one_hot(task.y_test, 26).bool()  # (m, 26)
     letters = (f1_score(read, is_letter) > MIN_F1).nonzero()[:, 0].tolist()
     if len(letters) < MIN_LETTERS:
         raise CannotRun(f"the probes read {len(letters)} of 26 letters; {MIN_LETTERS} are needed")
     xs = task.x_train, task.x_test, task.x_fresh
-    f_train, f_test, f_fresh = (torch.cat([*map(sae.encode, x.split(2048))]) for x in xs)
-    W = train_letter_probes(f_train, task.y_train, 4096, 1e-6, 0.01, seed)[:, :-1]
-    rows = {}
+    f_train, f_test, f_fresh = (torch.cat([*map(sae.encode, x.split(2048))]) for x in xs)  # (n, F)
+    sparse = train_letter_probes(f_train, task.y_train, 4096, 1e-6, seed, 0.01)
+    rows = {}  # of each letter
     for c in bar(letters, "absorption"):
-        order = W[c].argsort(descending=True)
-        truth = is_letter[:, c]
+        order, truth = sparse[c, :-1].argsort(descending=True), is_letter[:, c]
         main, main_f1 = main_latents(order, f_train, task.y_train == c, f_test, truth)
-        hit = truth & read[:, c]
-        probe = task.probes[c, :-1]
+        hit = truth & read[:, c]  # (m,) test words of the letter whose letter is read
+        probe = task.probes[c, :-1]  # (D,)
         scores = absorption_scores(f_fresh[hit], task.x_fresh[hit], sae.W_dec, probe, main)
         full, fraction = (score.float().mean().item() for score in scores)
         row = dict(full_absorption_rate=full, fraction_0_6_0=fraction)
@@ -372,89 +357,77 @@ def absorption(model, layer, tokenizer, sae, n_words=10**4, seed=0):
     out = mean_of([*rows.values()])
     if out["main_f1"] < MIN_F1:
         raise CannotRun(f"the main latents' mean F1 is {out['main_f1']:.2f}, below {MIN_F1}")
+    out["words"] = len(task.y_train) + len(task.y_test)
     return out | dict(letters=len(rows), details=rows)
 
 
 # ---- Sparse probing: what a few latents tell of a labelled text ---------------------------------
-def read_rows(path):
-    """Rows of a .csv file with a header, or of a .jsonl file: dicts. BadInput"""
-    csv.field_size_limit(2**31 - 1)
+def labelled(path, columns=("text", "label"), budget=10_000, seed=0):
+    """Texts, labels, and a third column for SCR or None, (n,) each, of a .csv or .jsonl file: about
+    `budget` in all, as many of each class, at most 2500 (SAEBench: 2000 + 500), and none of a
+    class below 10. Raises ValueError where less than two classes are left."""
     with refusing(f"--labelled {path}: must be a .csv or .jsonl file"):
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = csv.DictReader(f) if Path(path).suffix == ".csv" else map(json.loads, f)
-            return [{**row} for row in rows]
-
-
-def labelled(rows, columns=("text", "label"), budget=10**4, seed=0):
-    """Texts and labels, (n,) str each, of two columns of rows (dicts), about `budget` in all: at
-    most 2500 a class (SAEBench: 2000 + 500), no class below 10. Then the values in a third column,
-    for SCR, or None. BadInput"""
-    by_class = {}
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file) if Path(path).suffix == ".csv" else map(json.loads, file)
+            rows = [*map(dict, rows)]
+    by_class = defaultdict(list)  # rows as lists of strings
     for i in np.random.default_rng(seed).permutation(len(rows)):
         values = [rows[i].get(column) for column in columns]
         if None not in values and "" not in values:
-            by_class.setdefault(str(values[1]), []).append([str(value) for value in values])
+            by_class[str(values[1])].append([*map(str, values)])
     classes = [found for found in by_class.values() if len(found) >= 10]
     if len(classes) < 2:
-        has = ", ".join(map(str, rows[0])) if rows else "no rows"
-        few = f"{len(classes)} classes of 10 texts or more, two are needed; the file has only {has}"
-        raise BadInput(f"--columns {' '.join(columns)}: {few}")
+        few = f"{len(classes)} classes of 10 texts or more, two are needed; {path} has only "
+        raise ValueError(f"--columns {' '.join(columns)}: {few}{[*rows[0]] if rows else 'no rows'}")
     most = min(2500, max(10, budget // len(classes)))
-    texts, labels, *spurious = np.array(sum((found[:most] for found in classes), []), object).T
-    return texts, labels, spurious[0] if spurious else None
+    chosen = sum((found[:most] for found in classes), [])
+    return (*np.array(chosen, object).T, None)[:3]  # texts, labels, spurious values or None
 
 
 @torch.no_grad()
-def pooled(model, layer, tokenizer, sae, texts, ctx=128):
-    """Means over each text's kept tokens of residual and latents: X (n, D), A (n, F)."""
-    special = special_tokens(tokenizer)
+def pooled(model, layer, tokenizer, sae, texts, ctx=128, limit=math.inf):
+    """Means over the tokens of each text that are not special: X (n, D) of the residual, A (n, F)
+    of the activations. A text is cut at ctx tokens."""
+    special = dmsae.special_tokens(tokenizer)
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    rows = [special[:1] + row[: ctx - 1] for row in rows]
+    rows = [special[:1] + row[: ctx - 1] for row in rows]  # BOS first, as in training
     X, A = [], []
     for row, x in zip(rows, residuals(model, layer, rows), strict=True):
-        x = x[torch.tensor([i not in special for i in row])]  # (tokens, D)
+        plain = torch.tensor([i not in special for i in row], device=x.device)
+        x = x[plain & (x.norm(dim=1) <= limit)]  # (tokens, D)
         X.append(x.sum(0) / max(1, len(x)))
         A.append(sae.encode(x).sum(0) / max(1, len(x)))
     return torch.stack(X), torch.stack(A)
 
 
 def one_vs_rest(labels, seed=0):
-    """[(train (2, m), test (2, m'))] for each class in sorted order, 80/20: indices of texts,
-    positives first; as many of the others, in equal shares."""
+    """For each class in sorted order (train (2, m), test (2, m')), 80 to 20: indices of its texts,
+    and of as many others, in equal shares of the other classes."""
     rng = np.random.default_rng(seed)
     classes = [rng.permutation(np.flatnonzero(np.asarray(labels) == c)) for c in np.unique(labels)]
-    parts = [np.split(texts, [int(0.8 * len(texts))]) for texts in classes]
+    parts = [np.split(texts, [int(0.8 * len(texts))]) for texts in classes]  # train, test
 
     def task(c, part):
-        share = -(-len(part[c]) // (len(part) - 1))  # rounded up
+        share = math.ceil(len(part[c]) / (len(part) - 1))
         rest = [texts[:share] for other, texts in enumerate(part) if other != c]
-        rest = rng.permutation(np.concatenate(rest))
+        rest = rng.permutation(np.concatenate(rest))  # of all other classes
         return torch.from_numpy(np.stack([part[c][: len(rest)], rest[: len(part[c])]]))
 
     train, test = zip(*parts, strict=True)
     return [(task(c, train), task(c, test)) for c in range(len(parts))]
 
 
-def class_gap(x, train):
-    """Mean of x (n, d) over the positives of a task (2, m) less that over the rest: (d,)"""
-    return x[train[0]].mean(0) - x[train[1]].mean(0)
-
-
-def sparse_probing(X, A, labels, seed=0, ks=(1, 2, 5)):
-    """Logistic regressions that tell a class from the others by texts' means, `pooled`'s X (n, D)
-    and A (n, F); mean over classes. labels (n,)
-
-    sae_top_N_test_accuracy: on the N latents whose class means differ most; chance is .5
-    llm_top_N_test_accuracy: the same on channels of the residual stream
-    """
+def sparse_probing(X, A, labels, seed=0):
+    """How well the k latents (baseline: channels of the residual) whose class means differ most
+    tell a class from the others, mean over classes. X, A of `pooled`, labels (n,)."""
     rows = []
-    for train, test in one_vs_rest(labels, seed):
-        row = {}
-        y = is_positive(train, X.device)
+    for train, test in bar(one_vs_rest(labels, seed), "probing"):
+        row, y = {}, is_positive(train, X.device)
         for name, x in ("sae", A), ("llm", X):
-            order = class_gap(x, train).abs().argsort(descending=True)
-            for k in ks:
-                top = x[:, order[:k]]
+            gap = x[train[0]].mean(0) - x[train[1]].mean(0)  # (d,)
+            order = gap.abs().argsort(descending=True)  # (d,)
+            for k in 1, 2, 5:
+                top = x[:, order[:k]]  # (n, k)
                 probe = logistic_regression(top[train.flatten()], y)
                 row[f"{name}_top_{k}_test_accuracy"] = accuracy(top, test, probe)
         rows.append(row)
@@ -462,35 +435,30 @@ def sparse_probing(X, A, labels, seed=0, ks=(1, 2, 5)):
 
 
 # ---- TPP and SCR: what a few ablated latents cost probes of the residual stream -----------------
-ABLATED = 2, 5, 10, 20, 50, 100, 500  # latents at once; SAEBench's main figure is that of 20
-
-
 def ablations(X, A, W_dec, effect):
-    """(n, X without the n latents of the largest effect) for each n of ABLATED: zeroed on every
-    kept token (ours: not on zeros in place of special ones), the SAE's error kept, they move X
-    (n, D) by -A W_dec. effect (F,), of any sign, as in SAEBench: a large n takes negative ones."""
+    """Yield n, and X (n, D) without the n latents of the largest effect (F,), for n of ABLATED. To
+    zero them at every token and keep the SAE's error moves the mean X by -A W_dec. Ours: not at
+    special tokens. As in SAEBench, as many may go as have an effect other than 0, so that a large n
+    takes latents of negative effect."""
     order = effect.topk(min(max(ABLATED), int((effect != 0).sum()))).indices
     for n in ABLATED:
         yield n, X - A[:, order[:n]] @ W_dec[order[:n]]
 
 
-@torch.no_grad()
 def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
-    """Targeted probe perturbation, by ablating N latents of a class: mean over classes, then over
-    seeds, each with its own split and probes. X (n, D), A (n, F) of `pooled`, labels (n,), W_dec
-
-    tpp_threshold_N_total_metric: intended less unintended; higher is better
-    tpp_threshold_N_intended, tpp_threshold_N_unintended: accuracy lost by its probe; by others
-    probe_accuracy: before any ablation
-    """
+    """Targeted probe perturbation: which probes suffer where the latents of a class are ablated?
+    Mean over classes, then over seeds, each with its own split and probes. Negatives are drawn
+    once, for choice, before and after; SAEBench draws them anew at each call, which adds noise. X,
+    A of `pooled`, labels (n,), W_dec (F, D)."""
     rows = []
     for seed in bar(seeds, "tpp"):
         tasks = one_vs_rest(labels, seed)
-        probes = [train_probe(X, *task, seed) for task in tasks]
+        probes = [train_probe(X, *task, seed) for task in tasks]  # one for each class
         before = [accuracy(X, test, probes[c]) for c, (_, test) in enumerate(tasks)]
-        lost = defaultdict(list)
+        lost = defaultdict(list)  # accuracies that are lost, by n and whether by its own probe
         for i, (train, _) in enumerate(tasks):
-            effect = class_gap(A, train).clamp_min(0) * (W_dec @ probes[i][0, :-1])
+            gap = A[train[0]].mean(0) - A[train[1]].mean(0)  # (F,)
+            effect = gap.clamp_min(0) * (W_dec @ probes[i][0, :-1])  # (F,)
             for n, x in ablations(X, A, W_dec, effect):
                 for j, (_, test) in enumerate(tasks):
                     lost[n, i == j].append(before[j] - accuracy(x, test, probes[j]))
@@ -504,105 +472,100 @@ def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
     return mean_of(rows) | dict(details=rows)
 
 
-def scr_cells(labels, spurious, most=4):
-    """The pairs of classes a, b with the most texts of spurious values u, v, at least 20 of each:
-    [indices of texts of a with u, a with v, b with u, b with v]. CannotRun"""
+def scr_cells(labels, spurious):
+    """Pairs of classes a, b with spurious values u, v, at most four, those with the most texts:
+    [indices of the texts of a with u, a with v, b with u, b with v]. Raises CannotRun where none
+    has 20 texts of each kind."""
     values = [] if spurious is None else np.unique(spurious)
     found = []
     for pair in itertools.combinations(np.unique(labels), 2):
-        own = [np.equal(labels, c) for c in pair]
+        own = [np.equal(labels, c) for c in pair]  # two masks (n,)
         cells = [np.flatnonzero(one & np.equal(spurious, v)) for one in own for v in values]
         if len(values) == 2 and min(map(len, cells)) >= 20:
             found.append(cells)
     if not found:
         raise CannotRun("it needs a third column of two values, each in 20 texts of two classes")
-    return sorted(found, key=lambda cells: -min(map(len, cells)))[:most]
+    return sorted(found, key=lambda cells: -min(map(len, cells)))[:4]
 
 
-def scr_tasks(texts):
-    """Indices of texts (4, n) of `scr_cells` -> tasks (2, m): class a against b and value u against
-    v, both balanced, and a with u against b with v."""
-    h = texts.shape[1] // 2
-    by_class, by_value = texts[:, :h], texts[[0, 2, 1, 3], :h]
-    return by_class.reshape(2, -1), by_value.reshape(2, -1), texts[[0, 3], : 2 * h]
+def scr_row(X, A, W_dec, cells, seed):
+    """The figures of `scr` for one pair of classes and one seed."""
+    rng = np.random.default_rng(seed)
+    size = min(map(len, cells))  # as many texts of each kind
+    texts = torch.tensor(np.array([rng.permutation(cell)[:size] for cell in cells]))  # (4, size)
+
+    def tasks(texts):  # Three (2, m): a against b, u against v, and a with u against b with v.
+        half = texts.shape[1] // 2
+        by_class, by_value = texts[:, :half], texts[[0, 2, 1, 3], :half]  # both balanced
+        return by_class.reshape(2, -1), by_value.reshape(2, -1), texts[[0, 3], : 2 * half]
+
+    train, test = map(tasks, texts.tensor_split([int(0.8 * size)], 1))  # three tasks each
+    *oracles, biased = (train_probe(X, *task, seed) for task in zip(train, test, strict=True))
+    before = [accuracy(X, test[i], biased) for i in (0, 1)]
+    row = {}
+    for i in 0, 1:  # What the biased probe is asked for: the class, and the spurious value.
+        room = accuracy(X, test[i], oracles[i]) - before[i]
+        on, off = train[1 - i]  # texts with the other one of the two, and without
+        effect = (A[on].mean(0) - A[off].mean(0)) * (W_dec @ oracles[1 - i][0, :-1])  # (F,)
+        for n, x in ablations(X, A, W_dec, effect.abs()):
+            gain = accuracy(x, test[i], biased) - before[i]
+            row[f"scr_dir{i + 1}_threshold_{n}"] = gain / room if room >= 0.001 else 0.0
+    worse = None if before[0] == before[1] else before.index(min(before)) + 1
+    for n in ABLATED:
+        row[f"scr_metric_threshold_{n}"] = row.get(f"scr_dir{worse}_threshold_{n}")
+    return row
 
 
-@torch.no_grad()
 def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
-    """Spurious correlation removal: a biased probe learns class a against b where a always has the
-    spurious value u, and b has v; oracles learn on balanced texts. Direction 1 asks the biased one
-    for the class, without N latents of the spurious label; direction 2 the reverse. Mean over class
-    pairs, seeds. X (n, D), A (n, F) of `pooled`, labels, spurious (n,), W_dec (F, D). CannotRun
-
-    scr_metric_threshold_N: the direction of lower biased accuracy, none in a tie; 1 is best
-    scr_dirN_threshold_N: share of the way from biased to oracle accuracy; 0 where it is below .001
-    """
-    runs = list(itertools.product(scr_cells(labels, spurious), seeds))
-    rows = []
-    for cells, seed in bar(runs, "scr"):
-        rng = np.random.default_rng(seed)
-        size = min(map(len, cells))
-        texts = torch.tensor(np.array([rng.permutation(cell)[:size] for cell in cells]))
-        train, test = map(scr_tasks, texts.tensor_split([int(0.8 * size)], 1))
-        *oracles, biased = (train_probe(X, *task, seed) for task in zip(train, test, strict=True))
-        before = [accuracy(X, test[i], biased) for i in (0, 1)]
-        row = {}
-        for i in 0, 1:  # what the biased probe is asked for: the class, and the spurious label
-            room = accuracy(X, test[i], oracles[i]) - before[i]
-            effect = class_gap(A, train[1 - i]) * (W_dec @ oracles[1 - i][0, :-1])
-            for n, x in ablations(X, A, W_dec, effect.abs()):
-                gain = accuracy(x, test[i], biased) - before[i]
-                row[f"scr_dir{i + 1}_threshold_{n}"] = gain / room if room >= 0.001 else 0.0
-        lower = None if before[0] == before[1] else before.index(min(before)) + 1
-        for n in ABLATED:
-            row[f"scr_metric_threshold_{n}"] = row.get(f"scr_dir{lower}_threshold_{n}")
-        rows.append(row)
-    return mean_of(rows) | dict(pairs=len(runs) // len(seeds), details=rows)
+    """Spurious correlation removal: does ablating latents make a biased probe fair? It learns class
+    a against b where a always has the spurious value u, and b has v; oracles learn on balanced
+    texts. Direction 1 asks it for the class, without latents of the value, direction 2 the reverse.
+    Mean over pairs of classes, seeds. X, A of `pooled`, labels, spurious (n,). Raises CannotRun."""
+    pairs = scr_cells(labels, spurious)
+    rows = [scr_row(X, A, W_dec, *run) for run in bar([*itertools.product(pairs, seeds)], "scr")]
+    return mean_of(rows) | dict(pairs=len(pairs), details=rows)
 
 
 # ---- Stability: is the core of a run still the core a training later, and that of another run? --
 def cycles(run):
     """The SAE folders of a run folder, in order; none where it is no run."""
-    numbers = [p.parent.name[5:] for p in Path(run).glob("cycle*/core.safetensors")]
+    numbers = [path.parent.name[5:] for path in Path(run).glob("cycle*/core.safetensors")]
     return [Path(run) / f"cycle{n}" for n in sorted(int(n) for n in numbers if n.isdigit())]
 
 
 def stability(folder):
-    """The figures of a training, an SAE folder, and how the core chosen after it overlaps with that
-    before. Exact: a core's rows are frozen, an identity needs no matching. CannotRun, BadInput
-
-    core, new: latents of the core chosen after the training; those chosen for the first time
-    kept, dropped: those of the core before that were chosen again, and that were not
-    jaccard: kept over all in either core; 1 is the same core
-    identity_overlap: share of the core before that was kept
-    cycle, tokens, dead, ce, ce_recovered: of the training; the tokens of core are those measured on
-    """
-    if Path(folder) not in cycles(Path(folder).parent):
-        raise CannotRun("the SAE is in no run folder of dmsae.py, or is a transfer")
+    """The figures of a training, from its SAE folder, and how the core chosen after it overlaps
+    with the one before: exact, for the core's rows are frozen, so nothing has to be matched. Raises
+    CannotRun where the folder is in no run, ValueError where it is damaged."""
+    folder = Path(folder)
+    if folder not in cycles(folder.parent):
+        raise CannotRun("the SAE is in no run folder of dmsae.py")
     with refusing(f"{folder}: is of no training of dmsae.py"):
-        row = read_json(f"{folder}/cfg.json")["metadata"]["result"]
-    core, _ = load_core(f"{folder}/core.safetensors")
-    row["votes"] = Counter(sorted(core.votes.tolist()))
-    row["births"] = Counter(sorted(core.birth[:, 0].tolist()))
+        row = read_json(folder / "cfg.json")["metadata"]["result"]
+    core, _ = load_core(folder / "core.safetensors")
+    row["votes"] = Counter(core.votes.tolist())  # {votes: latents}
+    row["births"] = Counter(core.birth[:, 0].tolist())  # {training: latents}
     row["jaccard"] = row["kept"] / (row["core"] + row["dropped"])
     return row | dict(identity_overlap=row["kept"] / max(1, row["kept"] + row["dropped"]))
 
 
 def assignment(cost):
-    """The row of each column, one to one, of least total cost: (n, m), n <= m, -> (m,), -1 for a
-    column without. Exact, by augmenting paths (Jonker & Volgenant 1987); n^2 vector operations."""
-    price, row_of = np.zeros(cost.shape[1]), np.full(cost.shape[1], -1)
-    for row in range(len(cost)):
+    """The one-to-one matching of least total cost (n, m), n <= m: (m,), the row of each column, -1
+    where it has none. Exact, by augmenting paths (Jonker & Volgenant 1987)."""
+    price, row_of = np.zeros(cost.shape[1]), np.full(cost.shape[1], -1)  # (m,)
+    for row in range(len(cost)):  # Find a place for one row after the other.
         distance = cost[row] - price  # of the shortest path to each column,
         previous, seen = np.full(len(price), -1), np.zeros(len(price), bool)  # and its last step
-        while row_of[column := np.where(seen, np.inf, distance).argmin()] >= 0:
-            seen[column] = True
-            further = cost[row_of[column]] - price
+        column = distance.argmin()
+        while row_of[column] >= 0:
+            seen[column] = True  # The shortest path to it is known.
+            further = cost[row_of[column]] - price  # from its row on to each column
             further += distance[column] - further[column]
             closer = ~seen & (further < distance)
             distance[closer], previous[closer] = further[closer], column
+            column = np.where(seen, np.inf, distance).argmin()
         price[seen] += distance[seen] - distance[column]
-        while previous[column] >= 0:  # shift the partners along the path
+        while previous[column] >= 0:  # Shift the partners along the path.
             row_of[column] = row_of[previous[column]]
             column = previous[column]
         row_of[column] = row
@@ -611,390 +574,426 @@ def assignment(cost):
 
 def pw_mcc(a, b):
     """Mean cosine of the one-to-one matching of a (n, D) and b (m, D) where it is largest (Song et
-    al. 2025, arXiv 2505.20254). Ours: signed, as a latent is on in one direction only; of sets of
-    unequal size the smaller is matched."""
+    al. 2025, arXiv 2505.20254). Ours: signed; of sets of unequal size the smaller is matched."""
     a, b = sorted((a, b), key=len)
-    cosine = (F.normalize(a) @ F.normalize(b).T).double().detach().cpu().numpy()
+    cosine = (F.normalize(a) @ F.normalize(b).T).double().detach().cpu().numpy()  # (n, m)
     row_of = assignment(-cosine)
     return cosine[row_of, np.arange(len(b))][row_of >= 0].mean()
 
 
 def agreement(run_a, run_b, seed=0):
-    """Whether the last SAEs of two runs have the same features: {set: PW-MCC of encoder and decoder
-    rows} of the cores, of as many latents drawn from prefix 0, and of prefix 0, core included; as
-    _random that of random directions and the second run's rows: the two are baselines. BadInput"""
-    rng, sides, out = dmsae.generator(seed, "agreement"), [], {}
+    """Do the last SAEs of two runs have the same features? {set: PW-MCC of decoder rows} of the
+    cores, of as many latents drawn from prefix 0, and of prefix 0, core included. Two baselines:
+    what was drawn, and as decoder_random, random directions for the first run's rows."""
+    rng, sides, out = generator(seed, "agreement"), [], {}
     for folder in cycles(run_a)[-1], cycles(run_b)[-1]:
         sae, (core, _) = load_sae(folder), load_core(folder / "core.safetensors")
-        drawn = torch.randperm(sae.widths[0], generator=rng)[: len(core.index)]
-        sets = {"core": core.index, "drawn from prefix 0": drawn}
-        sets["prefix 0"] = torch.arange(sae.widths[0])
-        kinds = ("encoder", sae.W_enc.detach()), ("decoder", sae.W_dec.detach())
-        sides.append({(s, kind): W[at] for s, at in sets.items() for kind, W in kinds})
-    for (name, kind), a in sides[0].items():
-        b = sides[1][name, kind]
-        row = out.setdefault(name, dict(n=[len(a), len(b)]))
-        row[kind] = pw_mcc(a, b)
-        row[f"{kind}_random"] = pw_mcc(torch.randn(a.shape, generator=rng), b)
+        rows = sae.W_dec[: sae.widths[0]]  # (M, D)
+        drawn = rows[torch.randperm(len(rows), generator=rng)[: len(core.index)]]
+        sides.append({"core": rows[core.index], "drawn from prefix 0": drawn, "prefix 0": rows})
+    for name, a in sides[0].items():
+        b, random = sides[1][name], torch.randn(a.shape, generator=rng)
+        out[name] = dict(n=[len(a), len(b)], decoder=pw_mcc(a, b), decoder_random=pw_mcc(random, b))
     return out
 
 
 # ---- The table ----------------------------------------------------------------------------------
-FIRST = {  # what matters first: its name, and which way is better
-    "core: l0": "L0, lower is better",
-    "core: core_l0": "core L0",
-    "core: fvu": "FVU, lower is better",
-    "core: ce_loss_score": "CE recovered, higher is better",
-    "core: frac_alive": "alive, higher is better",
-    "stability: core": "core size",
-    "stability: kept": "kept, higher is better",
-    "probing: sae_top_1_test_accuracy": "probing by 1 latent, higher is better",
-    "tpp: tpp_threshold_20_total_metric": "TPP of 20 latents, higher is better",
-}
-
-
 def every_figure(report):
-    """{"metric: key": figures of the SAEs} of all that is one number or word."""
-    rows, n = {}, len(report["saes"])
+    """{"metric: figure": its values for the SAEs} of all that is one number or word."""
+    rows = defaultdict(lambda: [None] * len(report["saes"]))
     for i, sae in enumerate(report["saes"]):
         for metric, figures in sae["metrics"].items():
-            for key, value in figures.items():
+            for figure, value in figures.items():
                 if not isinstance(value, (list, dict)):
-                    rows.setdefault(f"{metric}: {key}", [None] * n)[i] = value
+                    rows[f"{metric}: {figure}"][i] = value
     return rows
 
 
-def headline(report):
-    """[(name, "metric: key", figures of the SAEs)] of the first eight, of the last file."""
-    ran = {re.sub(" .*:", ":", at): values for at, values in every_figure(report).items()}
-    return [(name, at, ran[at]) for at, name in FIRST.items() if at in ran][:8]
-
-
 def table(report, everything=False):
-    """Lines for the terminal."""
-    rows = {"": ["/".join(Path(sae["folder"]).parts[-2:]) for sae in report["saes"]]}
-    rows |= {name: values for name, _, values in headline(report)}
-    figures = every_figure(report)
-    reasons = {at: figures.pop(at) for at in list(figures) if "cannot_run" in at}
-    if everything or len(rows) == 1:
-        rows |= figures
-    for name, values in rows.items():
-        cells = [f"{v:.4g}" if isinstance(v, float) else v for v in values]
-        yield f"{name:38}" + "".join(f"  {'-' if v is None else v:>26}" for v in cells)
-    for name, whys in reasons.items():
-        yield f"{name.removesuffix('_run')} run: {'; '.join(dict.fromkeys(filter(None, whys)))}"
+    """Yield the lines for the terminal: figures, reasons why there are none, and PW-MCC."""
+    yield " " * 58 + "".join(f"{sae['folder']:>24}" for sae in report["saes"])
+    for name, row in every_figure(report).items():
+        if name.endswith(": cannot_run"):
+            yield f"{name.removesuffix('_run')} run: {'; '.join(dict.fromkeys(filter(None, row)))}"
+        elif everything or re.fullmatch(PRINTED, name):
+            cells = (f"{v:.4g}" if isinstance(v, float) else v for v in row)
+            yield f"{name:58}" + "".join(f"{'-' if v is None else v:>24}" for v in cells)
     for pair, sets in report["agreement"].items():
         for name, row in sets.items():
-            beside = f"decoder {row['decoder']:.3f}, random directions {row['decoder_random']:.3f}"
-            yield f"PW-MCC of {pair}, {name} {row['n']}: {beside}"
+            line = "PW-MCC of {}, {} {n}: {decoder:.3f}, random directions {decoder_random:.3f}"
+            yield line.format(pair, name, **row)
 
 
 # ---- The page: one file without network, which draws the report and the core's latents ----------
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>dmsae</title>
-<meta name=viewport content="width=device-width,initial-scale=1"><style>
-body{font:16px/1.5 system-ui;margin:auto;max-width:70em;padding:1em;color:#222}small{color:#666}
-h2{margin-top:2em}figure{margin:0}svg{width:100%;overflow:visible}text{font-size:11px;fill:#666}
-#first,#charts,#cards{display:grid;gap:1.5em;grid:auto/repeat(auto-fill,minmax(min(18em,100%),1fr))}
-article{border:1px solid #ddd;border-radius:.5em;padding:.8em;overflow-wrap:anywhere}
-article p{font:.8em/1.6 monospace;margin:.5em 0 0;white-space:break-spaces}kbd{background:#eee}
-progress{width:3em}details{overflow-x:auto}td{padding-right:1em}:target{border-color:red}</style>
-<h1 id=title></h1><p id=about></p><div id=first></div><h2>The run</h2><div id=charts></div>
-<h2>The core's latents</h2><input id=find placeholder="filter, such as a token"> by <select id=by>
-<option value=score>attribution<option>density<option>birth</select><p><div id=cards></div>
-<h2>All figures</h2><div id=all></div><script type="application/json" id=data>DATA</script><script>
-const at = id => document.getElementById(id), each = (list, f) => list.map(f).join("")
-const plain = v => v?.replace?.(/[&<>"]/g, c => `&#${c.charCodeAt()};`).replace(/\\n/g, "↵") ?? v
-const data = JSON.parse(at("data").textContent, (_, v) => plain(v))  // no text is read as HTML
-const {core} = data, rows = Object.values(data.stability)[0] ?? [], last = rows.at(-1)
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>dmsae</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body { font: 16px/1.5 system-ui; margin: auto; max-width: 70em; padding: 1em; color: #222 }
+h2 { margin-top: 2em } figure { margin: 0 } small { color: #666 } kbd { background: #eee }
+svg { width: 100%; overflow: visible } text { font-size: 11px; fill: #666 }
+.grid { display: grid; gap: 1.5em; grid: auto / repeat(auto-fill, minmax(min(18em, 100%), 1fr)) }
+article { border: 1px solid #ddd; border-radius: .5em; padding: .8em; overflow-wrap: anywhere }
+article p { font: .8em/1.6 monospace; margin: .5em 0 0; white-space: break-spaces }
+progress { width: 3em } details { overflow-x: auto } td { padding-right: 1em }
+:target { border-color: red }</style>
+<h1 id="title"></h1><p id="about"></p><div id="first" class="grid"></div>
+<h2>The run</h2><div id="charts" class="grid"></div>
+<h2>The core's latents</h2><input id="find" placeholder="filter, such as a token"> by
+<select id="by"><option value="score">attribution<option>density<option>birth</select>
+<p><div id="cards" class="grid"></div><h2>All figures</h2><div id="all"></div>
+<script type="application/json" id="data">DATA</script><script>
+const at = id => document.getElementById(id)
+const each = (list, write) => list.map(write).join("")
+const sum = list => list.reduce((a, b) => a + b, 0)
 const show = (v, digits = 4) => typeof v == "number" && v % 1 ? +v.toPrecision(digits) : v ?? "-"
-const says = (figure, key = figure.replace(/.*: |_std$/g, "")) =>
-  data.says[key] ?? data.says[key.replace(/\\d+/g, "N")] ?? ""
-function axis(values, from, to, least) {  // [place of a value, round numbers along the axis]
-  const low = Math.min(...values), width = Math.max(...values) - low || 1, round = []
-  const unit = 10 ** Math.floor(Math.log10(width)), fits = s => width / unit / s <= 5
-  const step = Math.max(least, unit * [0.2, 0.5, 1, 2].find(fits))
-  for (let i = Math.ceil(low / step); i * step < low + 1.001 * width; i++) round.push(i * step)
-  return [v => from + (to - from) * (0.04 + 0.92 * (v - low) / width), round]
+// Strings are escaped as they are read, so that no token and no name becomes HTML.
+const escaped = s => s.replace(/[&<>"]/g, c => `&#${c.charCodeAt()};`).replace(/\n/g, "↵")
+const data = JSON.parse(at("data").textContent, (_, v) => typeof v == "string" ? escaped(v) : v)
+const { core } = data
+const trainings = Object.values(data.stability)[0] ?? []  // of the first run
+const figures = Object.entries(data.all).map(([name, values]) => {
+  const [, metric, figure, plain] = name.match(/^(.*): ((\w+?)(?:_std)?)$/)
+  const meaning = data.meaning[plain] ?? data.meaning[plain.replace(/\d+/g, "N")] ?? ""
+  return { name, metric, figure, values, meaning }
+})
+// Where a value is drawn along an axis, and the round numbers to write beside it.
+function axis(values, from, to, leastStep) {
+  const low = Math.min(...values)
+  const range = Math.max(...values) - low || 1
+  const power = 10 ** Math.floor(Math.log10(range))
+  const step = Math.max(leastStep, power * [0.2, 0.5, 1, 2].find(s => range / power / s <= 5))
+  const round = []
+  for (let i = Math.ceil(low / step); i * step < low + 1.001 * range; i++) round.push(i * step)
+  return [value => from + (to - from) * (0.04 + 0.92 * (value - low) / range), round]
 }
-function chart(title, xName, yName, series, least = 0) {  // series: {name: [[x, y], ...]}
-  const points = Object.values(series).flat(), r = points.length > 99 ? 1 : 4
-  const [across, xs] = axis(points.map(p => p[0]), 40, 320, least)
-  const [down, ys] = axis(points.map(p => p[1]), 195, 5, 0)
+// Adds a chart of lines, {name: [[x, y], ...]}.
+function chart(title, xName, yName, lines, leastStep = 0) {
+  const points = Object.values(lines).flat()
+  const [across, xs] = axis(points.map(point => point[0]), 40, 320, leastStep)
+  const [down, ys] = axis(points.map(point => point[1]), 195, 5, 0)
+  const radius = points.length > 99 ? 1 : 4
   let key = "", svg = `<text x=180 y=226 text-anchor=middle>${xName}</text>`
   svg += each(xs, x => `<text x=${across(x)} y=210 text-anchor=middle>${show(x, 6)}</text>`)
   svg += each(ys, y => `<path d="M40 ${down(y)}H320" stroke=#ddd></path>
     <text x=34 y=${down(y) + 4} text-anchor=end>${show(y, 6)}</text>`)
-  Object.entries(series).forEach(([name, line], i) => {
-    const colour = `hsl(${210 + 137 * i},60%,${40 + 12 * (i % 3)}%)`  // far from the one before
-    const places = line.map(([x, y]) => [across(x), down(y)])
-    svg += `<polyline fill=none stroke=${colour} points="${places.join(" ")}"></polyline>`
-    svg += each(places, ([x, y], n) => `<circle cx=${x} cy=${y} r=${r} fill=${colour}>
-      <title>${name}: ${xName} ${show(line[n][0])}, ${yName} ${show(line[n][1])}</title></circle>`)
-    key += `<nobr style="color:${colour}">■ <small>${name}</small></nobr> &ensp; `
+  Object.entries(lines).forEach(([name, line], i) => {
+    const colour = `hsl(${210 + 137 * i}, 60%, ${40 + 12 * (i % 3)}%)`
+    svg += `<polyline fill=none stroke="${colour}" points="${each(line,
+      ([x, y]) => `${across(x)},${down(y)} `)}"></polyline>`
+    svg += each(line, ([x, y]) => `<circle cx=${across(x)} cy=${down(y)} r=${radius}
+      fill="${colour}"><title>${name}: ${xName} ${show(x)}, ${yName} ${show(y)}</title></circle>`)
+    key += `<nobr style="color: ${colour}">■ <small>${name}</small></nobr> &ensp; `
   })
   at("charts").innerHTML += `<figure><b>${title}</b><br><small>${yName}</small>
     <svg viewBox="0 0 325 230">${svg}</svg>${key}</figure>`
 }
-at("title").innerHTML = `${data.model}, layer ${data.layer}`
-at("first").innerHTML = each(data.first, ([name, figure, values]) => {
-  const [title, way = "neither way is better"] = name.split(", "), [a, b] = values
-  const change = a == null || b == null ? "" : (b > a ? "+" : "") + show(b - a, 3)
-  const bar = (v, i) => `<br><progress value=${v ?? 0} max=${Math.max(...values) || 1}></progress>
-    ${show(v)} <small>${data.folders[i].split("/").slice(-2).join("/")}</small>`
-  return `<div title="${says(figure)}; ${way}"><b>${title}</b> ${change}${each(values, bar)}</div>`
-})
-if (last) {
-  const over = f => rows.map((row, t) => [t, f(row)]), born = {all: over(row => row.core)}
-  const l0 = {core: over(row => row.core_l0), rest: over(row => row.l0 - row.core_l0)}, fvu = {}
-  for (const b in last.births) born[`born in ${b}`] = over(row => row.births[b] ?? 0)
-  for (const g in last.fvu) fvu[`prefix ${g}`] = over(row => row.fvu[g])
-  const ce = rows.map((row, t) => [`training ${t}`, [[row.l0, row.ce_recovered]]])
-  at("about").innerHTML = `After ${rows.length} trainings of ${show(last.tokens / 1e6, 3)} million
-    tokens the core has ${last.core} latents, ${last.kept} of them from the training before; of the
-    ${show(last.l0, 3)} latents on at a token ${show(last.core_l0, 3)} are the core's. `
-  chart("The core, and who was born when", "training", "latents", born, 1)
+function drawRun(last) {
+  const over = f => trainings.map((row, t) => [t, f(row)])
+  const births = { all: over(row => row.core) }
+  for (const b in last.births) births[`born in ${b}`] = over(row => row.births[b] ?? 0)
+  const fvu = Object.fromEntries(last.fvu.map((_, g) => [`prefix ${g}`, over(row => row.fvu[g])]))
+  const ce = trainings.map((row, t) => [`training ${t}`, [[row.l0, row.ce_recovered]]])
+  const l0 = { core: over(row => row.core_l0), rest: over(row => row.l0 - row.core_l0) }
+  at("about").innerHTML = `After ${trainings.length} trainings of ${show(last.tokens / 1e6, 3)}
+    million tokens the core has ${last.core} latents, ${last.kept} of them from the training before;
+    of the ${show(last.l0, 3)} latents active per token ${show(last.core_l0, 3)} are the core's. `
+  chart("The core, and who was born when", "training", "latents", births, 1)
   chart("Error by prefix", "training", "FVU, lower is better", fvu, 1)
   chart("Loss recovered", "L0", "CE recovered, higher is better", Object.fromEntries(ce))
-  chart("L0 of core and rest", "training", "latents on at a token", l0, 1)
+  chart("L0 of core and rest", "training", "latents active per token", l0, 1)
 }
-at("about").innerHTML += `Measured on ${data.text}.`
-if (core) {
-  const curve = data.share.map((y, i) => [i + 1, y]), end = curve.length
-  chart("Attribution, largest first", "latents of core and prefix 0", "share of all",
-    {attribution: curve, "90 %": [[1, 0.9], [end, 0.9]]})
+function drawCore() {
+  const ranked = data.scores.sort((a, b) => b - a)
+  const share = ranked.map((_, i) => [i + 1, sum(ranked.slice(0, i + 1)) / sum(ranked)])
   const bins = data.density.map(d => Math.round(2 * Math.log10(d + 1e-6)) / 2)
-  const often = own => [...new Set(bins)].sort((a, b) => a - b).map(bin =>
-    [bin, bins.filter((b, i) => b == bin && core.index.includes(i) == own).length])
-  chart("How often latents are on", "log10 of the share of tokens", "latents",
-    {core: often(true), "rest of prefix 0": often(false)}, 0.5)
-  at("cards").innerHTML = each(data.contexts, (contexts, c) => `<article id=latent-${core.index[c]}>
-    <b><a href="#latent-${core.index[c]}">latent ${core.index[c]}</a></b><br><small>
-    ${show(100 * core.score[c], 3)} % of the core's attribution; on at
-    ${show(100 * core.density[c], 3)} % of tokens; born in training ${core.birth[c][0]};
-    votes ${core.votes[c]}</small><p>raises ${each(data.raises[c], t => `<kbd>${t}</kbd> `)}</p>` +
-    each(contexts, ([words, shades]) => "<p>" + each(words, (word, i) =>
-    `<span style="background:rgba(238,102,119,${shades[i]})">${word}</span>`)) + "</article>")
-  at("find").oninput = at("by").onchange = () => [...at("cards").children].forEach((card, c) => {
-    const by = at("by").value, key = by == "birth" ? core.birth[c][0] : -core[by][c]
-    card.style.order = Math.round(1e6 * key)
-    card.hidden = !card.textContent.toLowerCase().includes(at("find").value.toLowerCase())
-  })
+  const count = inCore => [...new Set(bins)].sort((a, b) => a - b).map(bin =>
+    [bin, bins.filter((b, i) => b == bin && core.index.includes(i) == inCore).length])
+  chart("Attribution, largest first", "latents of core and prefix 0", "share of all",
+    { attribution: share, "90 %": [[1, 0.9], [share.length, 0.9]] })
+  chart("How often latents are active", "log10 of the share of tokens", "latents",
+    { core: count(true), "rest of prefix 0": count(false) }, 0.5)
 }
-for (const metric of new Set(data.all.map(row => row[0].split(": ")[0])))
-  at("all").innerHTML += `<details><summary>${metric.replace(/ .*[\\/]/, " ")}</summary><table>` +
-    each(data.all.filter(row => row[0].startsWith(metric + ": ")), ([figure, values]) =>
-    `<tr><td>${figure.replace(/.*: /, "")}<td>${values.map(v => show(v)).join("<td>")}<td>${
-    says(figure)}`) + "</table></details>"
+function firstFigure({ figure, values, meaning }) {
+  const [a, b] = values
+  const change = a == null || b == null ? "" : (b > a ? "+" : "") + show(b - a, 3)
+  return `<div title="${meaning}"><b>${figure}</b> ${change}` + each(values, (value, i) => `<br>
+    <progress value=${value ?? 0} max=${Math.max(...values) || 1}></progress> ${show(value)}
+    <small>${data.saes[i].folder}</small>`) + "</div>"
+}
+function card(contexts, c) {
+  const id = `latent-${core.index[c]}`
+  return `<article id=${id}><b><a href="#${id}">latent ${core.index[c]}</a></b><br><small>
+    ${show(100 * core.score[c] / sum(core.score), 3)} % of the core's attribution; active at
+    ${show(100 * core.density[c], 3)} % of tokens; born in training ${core.birth[c][0]};
+    votes ${core.votes[c]}</small><p>raises ${each(data.raises[c], t => `<kbd>${t}</kbd> `)}` +
+    each(contexts, ([words, shades]) => "<p>" + each(words, (word, i) =>
+      `<span style="background: rgba(238, 102, 119, ${shades[i]})">${word}</span>`)) + "</article>"
+}
+function sortAndFilter() {
+  const wanted = at("find").value.toLowerCase(), by = at("by").value
+  for (const [c, element] of [...at("cards").children].entries()) {
+    element.style.order = Math.round(1e6 * (by == "birth" ? core.birth[c][0] : -core[by][c]))
+    element.hidden = !element.textContent.toLowerCase().includes(wanted)
+  }
+}
+at("title").innerHTML = `${data.model.replace(/.*[\\/]/, "")}, layer ${data.layer}`
+if (trainings.length) drawRun(trainings.at(-1))
+at("about").innerHTML += data.notes.join("; ") + "."
+const first = new RegExp("(n: (core_l0|l0|fvu|ce_loss_score|frac_alive)|y: (core|kept)" +
+  "|sae_top_1_test_accuracy|_20_total_metric)$")
+at("first").innerHTML = each(figures.filter(row => first.test(row.name)).slice(0, 8), firstFigure)
+if (core) {
+  drawCore()
+  at("cards").innerHTML = each(data.contexts, card)
+  at("find").oninput = at("by").onchange = sortAndFilter
+}
+for (const metric of new Set(figures.map(row => row.metric))) {
+  const rows = each(figures.filter(row => row.metric == metric), row => `<tr><td>${row.figure}
+    <td>${row.values.map(value => show(value)).join("<td>")}<td>${row.meaning}`)
+  at("all").innerHTML += `<details><summary>${metric}</summary><table>${rows}</table></details>`
+}
 </script></html>
 """
 
 
-def raised_tokens(model, rows, n=8):
-    """The n tokens that directions rows (C, D) raise most: (C, n). The model itself goes from its
-    last layer to logits: a final norm or projection has another name in every model."""
+def raised_tokens(model, rows):
+    """The 8 tokens that directions rows (C, D) raise most: (C, 8). The model itself goes from its
+    last layer to the logits, for what lies between has another name in every model."""
     last = model.config.get_text_config().num_hidden_layers - 1
-    ids = rows.new_zeros(len(rows), 1).long()
-    return edited_logits(model, last, ids, lambda h: rows[:, None].to(h))[:, 0].topk(n).indices
+    with dmsae.spliced(model, last, lambda h: rows[:, None].to(h)):
+        logits = model(rows.new_zeros(len(rows), 1).long()).logits  # (C, 1, V)
+    return logits[:, 0].topk(8).indices
 
 
-def core_page(model, tokenizer, ids, keep, folder, layer, sae):
-    """For the page: attribution's share and density of the candidates (M,), the core's facts, and
-    of its 200 strongest latents the tokens they raise and the contexts that raise them."""
-    core, _ = load_core(folder / "core.safetensors")
-    core.score /= core.score.sum()
-    order = core.score.argsort(descending=True)
+def core_page(model, tokenizer, ids, keep, trained):
+    """For the page: scores and densities of the candidates (M,), the core's facts, and of its 200
+    strongest latents the tokens they raise and the contexts that raise them."""
+    layer, sae = trained.cfg.layer, trained.sae
+    core, _ = load_core(trained.folder / "core.safetensors")  # chosen from this SAE
+    order = core.score.argsort(descending=True)  # (C,)
     core = {name: t[order].tolist() for name, t in vars(core).items() if name != "W_enc"}
-    score, density = dmsae.attribute(model, layer, ids, keep, sae.to(model.device))
-    share = score.sort(descending=True).values.cumsum(0) / score.sum()
-    start = tokenizer("a", add_special_tokens=False)["input_ids"]  # after it no space is lost
+    keep = dmsae.without_outliers(model, layer, ids, keep, trained.limit)
+    score, density = dmsae.attribute(model, layer, ids, keep, sae)  # (M,)
+    start = tokenizer("a", add_special_tokens=False)["input_ids"]  # After it no space is lost.
 
     def words(ids):
         decoded = tokenizer.batch_decode([[*start, i] for i in ids.tolist()])
         return [text[len(tokenizer.decode(start)) :] for text in decoded]
 
     shown, acts, contexts = core["index"][:200], [], []
-    for row in bar(ids.to(model.device), "page"):
-        x = residual_stream(model, layer, row[None])[0].float()
-        pre = F.linear(x - sae.b_dec, sae.W_enc[shown], sae.b_enc[shown])
-        acts.append((pre.relu() * (pre > sae.threshold[shown])).cpu())  # (T, shown)
+    for row in bar(ids.to(model.device), "page"):  # (T,)
+        x = residual_stream(model, layer, row[None])[0].float()  # (T, D)
+        acts.append(sae.encode(x)[:, shown].cpu())  # (T, shown)
     for fired in (torch.stack(acts) * keep[..., None]).unbind(2):  # (R, T)
-        peak, at = fired.max(1)
+        peak, at = fired.max(1)  # (R,)
         contexts.append([])
         for r in peak.argsort(descending=True)[:4].tolist():
-            near = slice(max(0, at[r] - 10), at[r] + 11)
-            shades = fired[r, near] / peak.max().clamp_min(1e-9)
+            near = slice(max(0, at[r] - 10), at[r] + 11)  # ten tokens on either side
+            shades = fired[r, near] / peak.max().clamp_min(1e-9)  # 0 to 1, at the latent's peak
             contexts[-1].append((words(ids[r, near]), shades.tolist()))
-    out = dict(core=core, share=share.tolist(), density=density.tolist(), contexts=contexts)
+    out = dict(core=core, contexts=contexts, scores=score.tolist(), density=density.tolist())
     return out | dict(raises=[words(row) for row in raised_tokens(model, sae.W_dec[shown])])
 
 
 def page(report, of_core):
-    """The report, and what `core_page` gives or {}, as HTML."""
-    lines = re.findall(r"^    ([\w, ]+): (.+)$", Path(__file__).read_text(), re.M)  # of docstrings
-    says = {name: text for names, text in lines for name in names.split(", ")}
-    data = {key: report[key] for key in ("layer", "text", "stability")}
-    data |= dict(says=says, first=headline(report), all=list(every_figure(report).items()))
-    data |= dict(model=Path(report["model"]).name, folders=[s["folder"] for s in report["saes"]])
-    return PAGE.replace("DATA", json.dumps(data | of_core).replace("<", "\\u003c"))
+    """The report, and what `core_page` gives, as HTML."""
+    lines = [line.split(": ", 1) for line in MEANING.strip().splitlines()]  # names, text
+    meaning = {name: text for names, text in lines for name in names.split(", ")}
+    data = dict(report, **of_core, meaning=meaning, all=every_figure(report), arguments=None)
+    return PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c"))
+
+
+# ---- What is measured: SAEs, their language model, and a text ------------------------------------
+@dataclass
+class Trained:
+    """An SAE, and what its folder says about its training."""
+
+    folder: Path
+    sae: dmsae.MatryoshkaSAE
+    cfg: dmsae.Config  # of another's SAE only model, layer, ctx and dataset
+    limit: float  # residual norms above it were left out
+    checksum: str  # of the language model and its tokenizer, or None
+    run: Path  # the run folder with the ids of its text, or None
+
+
+def open_sae(folder):
+    """The Trained of an SAE folder. Raises ValueError."""
+    sae, meta = unit_rows(load_sae(folder)), read_json(folder / "cfg.json").get("metadata") or {}
+    cfg = dict(model=meta.get("model_name", "unknown"), ctx=meta.get("context_size", 128))
+    cfg |= dict(dataset=meta.get("dataset_path", "unknown (give --text)")) | meta.get("config", {})
+    for name in "model", "text":  # A relative path began where dmsae.py was started.
+        places = [base / str(cfg.get(name)) for base in folder.parents]
+        cfg[name] = next((str(place) for place in places if place.exists()), cfg.get(name))
+    with refusing(f"{folder}: must be of a blocks.N.hook_resid_post and of this version"):
+        layer = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", meta["hook_name"])[1]
+        cfg = dmsae.Config(**cfg | dict(layer=int(layer), core=None, cache=None))
+    limit = meta.get("max_norm", 0) * meta.get("median_norm", 0) or math.inf  # 0: none
+    run = folder.parent if (folder.parent / "tokens.bin").exists() else None
+    return Trained(folder, sae, cfg, limit, meta.get("checksum"), run)
+
+
+def configure(args, saes):
+    """The Config of the language model and the text, by the first SAE and the flags. Raises
+    ValueError where the SAEs cannot be measured side by side."""
+    contexts = {f"{sae.folder}": sae.cfg.ctx for sae in saes}
+    if len({*contexts.values()}) > 1:
+        raise ValueError(f"the contexts differ in length, so measure one by one: {contexts}")
+    first = saes[0].cfg
+    cfg = replace(first, device=args.device, text=args.text, model=args.model or first.model)
+    cfg.layer = max(sae.cfg.layer for sae in saes)  # Where this one is, all are.
+    dmsae.check(cfg)
+    if args.text:  # The run's separator and column belong to its own text.
+        return replace(cfg, separator=args.separator, text_column=args.text_column)
+    return replace(cfg, text=first.text)  # It may be gone: what was held out is kept as ids.
+
+
+def open_model(args, cfg, saes):
+    """The language model, its tokenizer, and a line on whether the SAEs were trained on it. Raises
+    ValueError for another one, unless --model names it."""
+    model, tokenizer = dmsae.load_model(cfg)
+    width, found = model.config.get_text_config().hidden_size, dmsae.checksum(model, tokenizer)
+    says = f"model: {cfg.model}, the one that the SAEs were trained on (checksum {found})"
+    for trained in saes:
+        if len(trained.sae.b_dec) != width:
+            raise ValueError(f"{trained.folder}: is not of width {width}, as {cfg.model} is")
+        trained.sae.to(model.device)  # Of Gemma's size each takes 1.2 GB.
+        if trained.checksum is None:
+            says = f"model: {cfg.model}, not checked: {trained.folder} has no checksum of it"
+        elif trained.checksum != found:
+            trained.run = None  # Its ids may be of another tokenizer.
+            says = f"model: {found} of {cfg.model}, not {trained.checksum} of {trained.folder}"
+            if not args.model:
+                raise ValueError(f"{says}; --model {cfg.model} measures all the same")
+    return model, tokenizer, says
+
+
+def open_contexts(args, cfg, saes, model, tokenizer):
+    """Contexts ids, keep (R, T), and a line on them: what the runs of the SAEs held out, or else
+    the start of a text. Raises ValueError where the runs held out different texts."""
+    held_out = {}  # a description for each run
+    for run, own in {sae.run: sae.cfg for sae in saes if sae.run and not args.text}.items():
+        rows, *_ = dmsae.open_text(own, model, tokenizer, run)
+        of_text = f"of {Path(own.text or own.dataset).name}, checksum {zlib.crc32(rows):08x}"
+        held_out[f"{run}"] = f"{rows.size} tokens {of_text}"
+        source = f"held out by the run {run.name}"
+    if len({*held_out.values()}) > 1:
+        raise ValueError(f"the runs held out different texts, so measure one by one: {held_out}")
+    if not held_out:
+        cfg = replace(cfg, tokens=args.tokens, batch=1, attribution_tokens=1)
+        with tempfile.TemporaryDirectory() as scratch:  # for its tokens.bin
+            rows = np.concatenate(dmsae.open_text(cfg, model, tokenizer, scratch))
+        source = f"the start of {cfg.text or cfg.dataset}, not known to be held out"
+        if saes[0].cfg.separator not in (None, cfg.separator):
+            source += f", not cut at the run's --separator {saes[0].cfg.separator!r}"
+    rows = rows[: max(1, args.tokens // cfg.ctx)]  # (R, T - 1)
+    about = f"text: {rows.size:,} tokens in contexts of {cfg.ctx}, {source}"
+    return *dmsae.contexts(rows, dmsae.special_tokens(tokenizer)), about
+
+
+def free_path(args):
+    """Where the JSON goes, and beside it the page; nothing is overwritten. Raises ValueError."""
+    first = path = Path(f"{args.out or args.folders[0] / 'eval'}".removesuffix(".json") + ".json")
+    number = itertools.count(2)  # eval.json, eval-2.json, ...
+    while path.exists() or path.with_suffix(".html").exists():
+        path = first.with_stem(f"{first.stem}-{next(number)}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out {path}: must be in a folder that exists and can be written")
+    return path
 
 
 # ---- The command line ---------------------------------------------------------------------------
-METRICS = "core absorption probing tpp scr stability".split()
-NEEDED = "model layer ctx batch tokens attribution_tokens device dataset text text_column separator"
-
-
 def parse(argv=None):
-    """Command line -> argparse's namespace; what cannot be read ends with one line."""
+    """Command line -> argparse's namespace. What cannot be read ends with one line and code 2."""
     parser = argparse.ArgumentParser("eval.py", allow_abbrev=False)
     parser.error = lambda why: parser.exit(2, f"eval: {why}; --help shows all flags\n")
     add = parser.add_argument
-    add("folders", nargs="+", type=Path, help="run folders (first and last SAE) or SAE folders")
+    path = dict(type=lambda given: Path(given).resolve())  # "." and a link have other parents.
+    add("folders", nargs="+", help="run folders (first and last SAE) or SAE folders", **path)
     add("--only", nargs="+", choices=METRICS, default=METRICS, help="some of the metrics")
     add("--tokens", type=int, default=1_000_000, help="at most, for a metric (%(default)s)")
-    add("--text", help=".txt, .jsonl or .parquet file, in place of what the run held out")
-    add("--model", help="hub name or folder, in place of the SAE's own; give --text too")
+    add("--text", help=".txt, .jsonl or .parquet, in place of what the runs held out", **path)
+    add("--text-column", "--text_column", default="text", help="of --text (%(default)s)")
+    add("--separator", help="string that splits each text of --text into documents; \\n works")
+    add("--model", help="hub name or folder, in place of the one the SAEs were trained on")
     add("--device", default="auto", help="cuda, cuda:N or cpu (%(default)s)")
-    add("--labelled", nargs="+", default=[], help=".csv or .jsonl files, for probing, tpp and scr")
+    add("--labelled", nargs="+", default=[], help=".csv, .jsonl, for probing, tpp and scr", **path)
     add("--columns", nargs="+", default=["text", "label"], help="of --labelled; scr needs a third")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="all for tpp, scr; else the first")
     add("--all", action="store_true", help="print every figure; the JSON always has them")
     add("--html", action="store_true", help="also write a page with charts and the core's latents")
-    add("--out", type=Path, help="JSON file (FOLDER/eval.json); nothing is overwritten")
+    add("--out", help="JSON file (FOLDER/eval.json); nothing is overwritten", **path)
     args = parser.parse_args(argv)
     if len(args.columns) < 2 or args.tokens < 1 or min(args.seeds) < 0:
         parser.error("--columns: two or three names; --tokens: 1 or above; --seeds: 0 or above")
+    if not args.text and (args.separator or args.text_column != "text"):
+        parser.error("--separator, --text-column: need --text; what a run held out stays as it is")
+    if args.model and Path(args.model).exists():
+        args.model = str(Path(args.model).resolve())
     return args
 
 
-def unit_rows(sae):
-    """The same function with decoder rows of unit norm, in place."""
-    norm = sae.requires_grad_(False).W_dec.norm(dim=1).clamp_min(1e-8)
-    sae.W_dec /= norm[:, None]
-    for t in sae.W_enc.T, sae.b_enc, sae.threshold:
-        t *= norm
-    return sae
+def tried(metric, *arguments):
+    """The figures of a metric, or why it has none."""
+    try:
+        return metric(*arguments)
+    except CannotRun as why:
+        return dict(cannot_run=str(why))
 
 
-def read_cfg(folder):
-    """From an SAE's cfg.json, in dmsae.py's names: its layer, and how it was trained. BadInput"""
-    with refusing(f"{folder}: is no SAE folder"):
-        cfg = read_json(folder / "cfg.json")
-        cfg |= cfg.get("metadata") or {}  # older SAELens has all at the top
-        hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", str(cfg["hook_name"]))
-    if not hook or hook[0] == "blocks.0.hook_resid_pre":
-        raise BadInput(f"{folder}: {cfg['hook_name']}: hook_name must be blocks.N.hook_resid_post")
-    known = dict(model=cfg.get("model_name"), ctx=cfg.get("context_size"))
-    known |= dict(dataset=cfg.get("dataset_path")) | (cfg.get("config") or {})
-    for name in "model", "text":  # a relative path began where dmsae.py was started
-        places = [base / str(known.get(name)) for base in (Path(), *folder.resolve().parents)]
-        known[name] = next((str(p.resolve()) for p in places if p.exists()), known.get(name))
-    return known | dict(layer=int(hook[1]) - (hook[2] == "pre"))
-
-
-def load(args):
-    """[(folder, layer, SAE)]; the Config of the first, as far as its cfg.json says; and the run
-    folder whose held-out text is measured on, or None. BadInput"""
-    trained = [cycles(folder) or [folder] for folder in args.folders]
-    cfgs = {folder: read_cfg(folder) for t in trained for folder in (t[0], t[-1])}
-    models = {args.model or cfg["model"] for cfg in cfgs.values()}
-    if len(models) > 1 or None in models:
-        raise BadInput(f"{trained[0][0]}: SAEs of models {models}: name one by --model")
-    known, home = cfgs[trained[0][0]], trained[0][0].parent
-    if args.text or args.model or not (home / "tokens.bin").exists():
-        home = None
-        known |= dict(batch=1, tokens=args.tokens, attribution_tokens=1)
-    else:
-        known |= dict(text=None, dataset=f"{home}/tokens.bin")
-    if args.text:
-        known |= dict(text=args.text, separator=None, text_column=None)
-    known |= dict(model=models.pop(), device=args.device)
-    known["layer"] = max(cfg["layer"] for cfg in cfgs.values())  # where this one is, all are
-    cfg = Config(**{name: known[name] for name in NEEDED.split() if known.get(name) is not None})
-    dmsae.check(cfg)
-    saes = [(f, c["layer"], unit_rows(load_sae(f))) for f, c in cfgs.items()]
-    return saes, cfg, home
-
-
-def open_inputs(args, saes, cfg, home):
-    """All that is measured with: model, tokenizer, contexts ids and keep (R, T), {labelled file:
-    (texts, labels, spurious)}; and a line that says what the text is. BadInput"""
-    words = args.columns, args.tokens // 128, args.seeds[0]
-    texts = {file: labelled(read_rows(file), *words) for file in args.labelled}
-    model, tokenizer, _ = dmsae.load_model(cfg)
-    width, widths = model.config.get_text_config().hidden_size, {len(s.b_dec) for *_, s in saes}
-    if widths != {width}:
-        raise BadInput(f"--model {cfg.model}: is of width {width}, the SAEs are of {widths}")
-    with tempfile.TemporaryDirectory() as scratch:
-        text = dmsae.open_text(cfg, model, tokenizer, home or scratch)
-        most = text.n_eval if home else len(text.rows)
-        ids, keep = text.contexts(slice(min(most, max(1, args.tokens // cfg.ctx))))
-    source = "held out by the run" if home else f"first of {Path(cfg.text or cfg.dataset).name}"
-    about = f"{ids.numel():,} tokens in contexts of {cfg.ctx}, {source}"
-    return (model, tokenizer, ids, keep, texts), about
-
-
-def free_path(args):
-    """Where the JSON goes, and beside it the page; nothing is overwritten. BadInput"""
-    first = path = Path(f"{args.out or args.folders[0] / 'eval'}".removesuffix(".json") + ".json")
-    number = itertools.count(2)
-    while path.exists() or path.with_suffix(".html").exists():
-        path = first.with_stem(f"{first.stem}-{next(number)}")
-    if not os.access(path.parent, os.W_OK):
-        raise BadInput(f"--out {path}: must be in a folder that exists and can be written")
-    return path
-
-
-def no_labels():
-    """In place of a metric of labelled texts, where none are given. CannotRun"""
-    raise CannotRun("it needs labelled texts: --labelled FILE.csv with columns text and label")
-
-
-def measures(args, model, tokenizer, ids, keep, texts, folder, layer, sae):
-    """(name, function, its arguments) of each metric of an SAE."""
-    at, seed = (model, layer), args.seeds[0]
-    sae.to(model.device)  # one at a time: of Gemma's size each takes 1.2 GB
-    yield "core", core_metrics, *at, ids, keep, sae
-    n_words = max(100, args.tokens // 120)  # of about 100 tokens, and a fifth is read twice
-    yield "absorption", absorption, *at, tokenizer, sae, n_words, seed
-    for kind in ("probing", "tpp", "scr") if not texts else ():
-        yield kind, no_labels
+def measure(args, model, tokenizer, ids, keep, texts, trained):
+    """{metric: its figures, or why there are none} of one SAE."""
+    sae, layer, limit, out = trained.sae, trained.cfg.layer, trained.limit, {}
+    seed, n_words = args.seeds[0], max(100, args.tokens // 120)  # in prompts of about 100 tokens
+    if "reconstruction" in args.only:
+        out["reconstruction"] = reconstruction(model, layer, ids, keep, sae, limit)
+    if "absorption" in args.only:
+        out["absorption"] = tried(absorption, model, layer, tokenizer, sae, n_words, seed, limit)
     for file, (some, labels, spurious) in texts.items():
-        X, A = pooled(*at, tokenizer, sae, some, min(128, ids.shape[1]))
-        yield f"probing {file}", sparse_probing, X, A, labels, seed
-        yield f"tpp {file}", tpp, X, A, labels, sae.W_dec, args.seeds
-        yield f"scr {file}", scr, X, A, labels, spurious, sae.W_dec, args.seeds
-    yield "stability", stability, folder
-    sae.cpu()
-
-
-def run(args):
-    """Load, measure, print, write."""
-    saes, cfg, home = load(args)
-    path = free_path(args)
-    report = dict(model=cfg.model, layer=saes[0][1], saes=[], stability={}, agreement={})
-    report["arguments"] = {name: str(value) for name, value in vars(args).items()}
-    inputs, report["text"] = open_inputs(args, saes, cfg, home)
+        X, A = pooled(model, layer, tokenizer, sae, some, min(128, ids.shape[1]), limit)
+        if "probing" in args.only:
+            out[f"probing {file}"] = sparse_probing(X, A, labels, seed)
+        if "tpp" in args.only:
+            out[f"tpp {file}"] = tpp(X, A, labels, sae.W_dec, args.seeds)
+        if "scr" in args.only:
+            out[f"scr {file}"] = tried(scr, X, A, labels, spurious, sae.W_dec, args.seeds)
     if "stability" in args.only:
-        runs = dict.fromkeys(folder.parent for folder, *_ in saes if cycles(folder.parent))
-        report["stability"] = {str(run): [*map(stability, cycles(run))] for run in runs}
-        for a, b in itertools.combinations(runs, 2):
-            report["agreement"][f"{a} and {b}"] = agreement(a, b, args.seeds[0])
-    for folder, layer, sae in saes:
-        figures = {}
-        report["saes"].append(dict(folder=str(folder), layer=layer, metrics=figures))
-        for name, metric, *words in measures(args, *inputs, folder, layer, sae):
-            if name.split()[0] in args.only:
-                try:
-                    figures[name] = metric(*words)
-                except CannotRun as why:
-                    figures[name] = dict(cannot_run=str(why))
-                dmsae.write_json(report, path)
+        out["stability"] = tried(stability, trained.folder)
+    return out
+
+
+def main(argv=None):
+    """Load, measure, print, write. Returns 0; exits with 2 on bad input."""
+    with dmsae.setting_up("eval"):
+        args = parse(argv)
+        found = [cycles(folder) or [folder] for folder in args.folders]  # a list for each
+        saes = [*map(open_sae, dict.fromkeys(some[end] for some in found for end in (0, -1)))]
+        cfg = configure(args, saes)
+        how = args.columns, args.tokens // 128, args.seeds[0]  # of texts of 128 tokens, at most
+        texts = {file.name: labelled(file, *how) for file in args.labelled}
+        path = free_path(args)
+        model, tokenizer, of_model = open_model(args, cfg, saes)
+        ids, keep, of_text = open_contexts(args, cfg, saes, model, tokenizer)
+        runs = dict.fromkeys(sae.folder.parent for sae in saes if "stability" in args.only)
+        trainings = {f"{run}": [*map(stability, cycles(run))] for run in runs if cycles(run)}
+    report = dict(model=cfg.model, layer=cfg.layer, notes=[of_model, of_text])
+    if not texts and "probing" in args.only:
+        report["notes"].append("probing, tpp and scr: need labelled texts, --labelled FILE")
+    print(*report["notes"], sep="\n")
+    report["arguments"] = {name: str(value) for name, value in vars(args).items()}
+    report |= dict(saes=[], stability=trainings, agreement={})
+    for a, b in itertools.combinations(trainings, 2):
+        report["agreement"][f"{a} and {b}"] = agreement(a, b, args.seeds[0])
+    for sae in saes:
+        metrics = measure(args, model, tokenizer, ids, keep, texts, sae)
+        report["saes"].append(dict(folder="/".join(sae.folder.parts[-2:]), metrics=metrics))
+        dmsae.write_json(report, path)  # After each SAE: the next may take an hour.
     print(*table(report, args.all), f"written: {path}", sep="\n")
     if args.html:
-        last = [sae for sae in saes if sae[0].parent == saes[0][0].parent][-1]  # of the first run
-        of_core = core_page(*inputs[:4], *last) if (last[0] / "core.safetensors").exists() else {}
-        path.with_suffix(".html").write_text(page(report, of_core))
+        own = [sae for sae in saes if sae.folder in cycles(saes[0].folder.parent)]
+        html = page(report, core_page(model, tokenizer, ids, keep, own[-1]) if own else {})
+        with dmsae.written_whole(path.with_suffix(".html")) as part:
+            part.write_text(html, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(dmsae.main(name="eval", parse=parse, work=run))
+    sys.exit(main())
