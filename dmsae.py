@@ -5,7 +5,7 @@
         sae    = train(core, activations)       # every nested prefix contains the frozen core
         scores = attribute(model, sae)          # |activation x gradient|, next-token loss
         core   = select_core(scores, 0.9)       # the fewest latents that hold 90 % of the score;
-                                                # only their encoder rows travel
+                                                # their encoder rows travel, frozen
     python dmsae.py --demo                      # in miniature: no network, no GPU, four minutes
     python dmsae.py --cycles 5 --k 64           # Gemma-2-2B, layer 12, 65,536 latents, one GPU
 
@@ -63,20 +63,22 @@ class Config:
     separator: Annotated[str, "splits each text into documents; \\n is a new line"] = None
     ctx: Annotated[int, "context length in tokens, BOS included", 4, 9_999_999] = 1024
     d_sae: Annotated[int, "number of latents, core included", 2, 99_999_999] = 65536
-    k: Annotated[int, "active latents per token (L0)", 1, 99_999_999] = 64
+    k: Annotated[int, "mean number of active latents per token (L0)", 1, 99_999_999] = 64
     prefixes: Annotated[tuple, "inner widths / d_sae", 0, 1] = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
     tokens: Annotated[int, "tokens per training (the paper: 500_000_000)", 1, 10**12] = 100_000_000
     batch: Annotated[int, "tokens per training step", 1, 99_999_999] = 2048
     lr: Annotated[float, "peak learning rate; fewer steps or latents need more", 1e-9, 1e9] = 3e-4
-    max_norm: Annotated[float, "leave alone positions above this x the median; 0: none", 0, 1e9] = 5
+    max_norm: Annotated[float, "skip positions above this x the median norm; 0: none", 0, 1e9] = 5
     cycles: Annotated[int, "trainings with a core, after the plain training 0", 0, 999] = 5
-    core_sparsity: Annotated[Literal["gated", "dynamic"], "see new_sae"] = "gated"
+    core_sparsity: Annotated[Literal["gated", "dynamic"], "keep a core latent's gate?"] = "gated"
     coverage: Annotated[float, "share of the score that the core must hold", 1e-6, 1] = 0.9
-    select: Annotated[Literal["attribution", "frequency", "random"], "see choose"] = "attribution"
+    select: Annotated[Literal["attribution", "frequency", "random"], "ranks the core"] = (
+        "attribution"
+    )
     attribution_tokens: Annotated[int, "held-out tokens for attribution", 1, 10**11] = 1_000_000
     eval_tokens: Annotated[int, "held-out tokens for evaluation", 1, 10**11] = 131_072
     core: Annotated[str, "a core.safetensors to start training 0 with"] = None
-    seed: Annotated[int, "seed of everything random"] = 0
+    seed: Annotated[int, "seed of the start, of shuffling, of random controls"] = 0
     device: Annotated[str, "cpu, cuda or cuda:N; auto is cuda where there is one"] = "auto"
     out: Annotated[str, "run folder (runs/MODEL_kK_seedSEED); the same command resumes"] = None
     checkpoint_minutes: Annotated[float, "minutes between checkpoints, at least", 0, 1e9] = 5.0
@@ -204,8 +206,7 @@ def training_loss(sae, x, k, dead):
 
     Returns the loss (), how often each latent fired (F,), and the smallest activation kept ().
     `train` calls `fast_training_loss` of Part 2, which takes and returns the same. To try another
-    loss, change this function and name it in `train`: that is all.
-    """
+    loss, change this function and name it in `train`: that is all."""
     pre = sae.pre_activations(x)  # (B, F)
     acts, smallest_kept = batch_topk(pre, sae.threshold, sae.n_core, k)
     # Each prefix adds its own latents to the reconstruction of the one before.
@@ -249,20 +250,22 @@ def learning_rate(step, steps, peak):
     return peak * min(1, (step + 1) / warm_up, 5 * (steps - step) / steps)
 
 
-def train(run, core, cycle, journal):
+def train(run, core, training, journal):
     """Train an SAE from scratch around `core`. Returns it, for activations as they come from the
     model, and the share of dead latents. `journal` prints, and lets a killed training go on."""
     cfg = run.cfg
     steps = cfg.tokens // cfg.batch
-    dead_after = min(10_000_000, cfg.tokens // 10)  # tokens: Gao et al. 2024; the tenth is ours
+    dead_after = min(
+        10_000_000, cfg.tokens // 10 or 1
+    )  # tokens: Gao et al. 2024; the tenth is ours
     first = journal.saved["step"]  # 0, or where a killed training goes on
-    batches = run.batches(cycle, first)
+    batches = run.batches(training, first)
     x = next(batches)  # (B, D)
-    sae = new_sae(cfg, core, x, run.scale, cycle)
+    sae = new_sae(cfg, core, x, run.scale, training)
     adam = torch.optim.Adam(sae.parameters(), eps=1e-12, fused=True)  # Our gradients are small.
     silent = torch.zeros(cfg.d_sae, dtype=torch.int64, device=x.device)  # tokens since it fired
     journal.restore(sae, adam, silent)
-    for step in tqdm(range(first, steps), f"cycle {journal.cycle}", disable=None):
+    for step in tqdm(range(first, steps), f"training {training}", disable=None):
         if step % 10 == 0:
             # nonzero() makes a GPU wait, so we look for dead latents every 10 steps only.
             dead = (silent >= dead_after).nonzero()[:, 0]
@@ -289,7 +292,7 @@ def attribute(model, layer, ids, keep, sae):
 
     The layer's output is replaced by the narrowest reconstruction x_hat (the paper), for the core
     has to be useful without the finer latents. To first order, switching latent i off at a token
-    changes the next-token loss by   a_i = activation_i * <dLoss / dx_hat, W_dec_i>.
+    changes the next-token loss by -a_i, a_i = activation_i * <dLoss / dx_hat, W_dec_i>.
     The score is the mean of |a_i| over tokens (our choice)."""
     W_dec = sae.W_dec[: sae.widths[0]].detach()  # (M, D)
     total = torch.zeros(len(W_dec), dtype=torch.float64, device=W_dec.device)
@@ -324,10 +327,10 @@ def select_core(scores, coverage):
     return order[: int((so_far < coverage * total).sum()) + 1]
 
 
-def choose(cfg, scores, density, cycle):
+def choose(cfg, scores, density, training):
     """The next core: (C,) of the M candidates with these scores and densities (M,). As controls,
     cfg.select ranks them by frequency or at random; the core is as large as by attribution."""
-    noise = torch.rand(len(scores), generator=generator(cfg.seed, cycle, "core"))
+    noise = torch.rand(len(scores), generator=generator(cfg.seed, training, "core"))
     rank_by = dict(attribution=scores, frequency=density, random=noise)[cfg.select]
     size = len(select_core(scores, cfg.coverage))
     return rank_by.argsort(descending=True, stable=True)[:size]
@@ -340,7 +343,7 @@ class Core:
     W_enc: torch.Tensor  # (C, D) the frozen encoder rows: all that travels in the paper
     bias: torch.Tensor = torch.zeros(0)  # (C,) b_enc - W_enc b_dec at birth, for `gated`
     threshold: torch.Tensor = torch.zeros(0)  # (C,) at birth, for `gated`
-    # The history. Rows are frozen, so a latent's identity is exact: no matching is needed.
+    # The history, which no training reads. Rows are frozen, so a latent's identity is exact.
     birth: torch.Tensor = torch.zeros(0, 2).long()  # (C, 2) the training, and its index there
     votes: torch.Tensor = torch.zeros(0).long()  # (C,) how many trainings selected it
     score: torch.Tensor = torch.zeros(0)  # (C,) at the last selection
@@ -349,7 +352,7 @@ class Core:
 
 
 @torch.no_grad()
-def next_core(core, sae, chosen, scores, density, cycle):
+def next_core(core, sae, chosen, scores, density, training):
     """The core after a training: the latents `chosen` (C,) of M candidates, which are the old
     core, with its history, and the rest of the narrowest prefix. scores, density (M,)."""
     new = torch.arange(len(core.W_enc), sae.widths[0])
@@ -358,7 +361,7 @@ def next_core(core, sae, chosen, scores, density, cycle):
         W_enc=torch.cat([core.W_enc, W_enc]),
         bias=torch.cat([core.bias, sae.b_enc.cpu()[new] - W_enc @ sae.b_dec.cpu()]),
         threshold=torch.cat([core.threshold, sae.threshold.cpu()[new]]),
-        birth=torch.cat([core.birth, F.pad(new[:, None], (1, 0), value=cycle)]),
+        birth=torch.cat([core.birth, F.pad(new[:, None], (1, 0), value=training)]),
         votes=torch.cat([core.votes, torch.zeros_like(new)]) + 1,
         score=scores.float(),
         density=density,
@@ -368,16 +371,16 @@ def next_core(core, sae, chosen, scores, density, cycle):
 
 
 @torch.no_grad()
-def new_sae(cfg, core, x, scale, cycle):
+def new_sae(cfg, core, x, scale, training):
     """A fresh SAE around the core. x (B, D) is a first batch, already multiplied by `scale`.
 
-    Only the core's encoder rows are taken over; everything else is initialised anew (the paper).
-    What is selected again has then proved useful among new neighbours. By cfg.core_sparsity, a
-    core latent is on where its pre-activation
-    dynamic (the paper): is above 0, with a new bias;
-    gated (our addition): is above the gate of its birth. Its bias is trained on from there."""
+    The core's encoder rows are taken over, frozen, and everything else is initialised anew. So what
+    is selected again has proved useful among new neighbours. By cfg.core_sparsity, a core latent
+    dynamic (the paper): starts with a new bias, and is on above 0;
+    gated (our addition): starts with the bias of its birth, and is on above the threshold of its
+    birth. In both, the bias is trained, and what it became is forgotten after the training."""
     n_core = len(core.W_enc)
-    random = generator(cfg.seed, cycle, "init")
+    random = generator(cfg.seed, training, "init")
     sae = MatryoshkaSAE(x.shape[1], cfg.widths(n_core), n_core, random).to(x.device)
     sae.b_dec.copy_(x.mean(0))
     sae.W_enc[:n_core] = core.W_enc
@@ -418,21 +421,22 @@ def distil(run):
         if not folder.exists():
             size = len(core.W_enc) or "0: the plain Matryoshka baseline"
             print(f"cycle {cycle} of {cfg.cycles}   k {cfg.k}   core {size}", flush=True)
-            number = run.first_training + cycle
+            training = run.first_training + cycle  # With --core, its trainings are counted on.
             journal = Journal(cfg, cycle)
-            sae, dead = train(run, core, number, journal)
+            sae, dead = train(run, core, training, journal)
             scores, density = attribute(run.model, cfg.layer, *run.for_attribution, sae)
-            chosen = choose(cfg, scores, density, number)
+            chosen = choose(cfg, scores, density, training)
             kept = int((chosen < sae.n_core).sum())
-            core = next_core(core, sae, chosen, scores, density, number)
+            core = next_core(core, sae, chosen, scores, density, training)
             result = evaluate(sae, harvest(run.model, cfg.layer, *run.for_evaluation).float())
             ce = mean_loss(run.model, cfg.layer, *run.for_evaluation, sae)
             recovered = (run.ce_zero - ce) / (run.ce_zero - run.ce_original)
             result |= dict(cycle=cycle, core=len(chosen), kept=kept, new=len(chosen) - kept)
-            result |= dict(dropped=sae.n_core - kept, ce=ce, ce_recovered=recovered, dead=dead)
-            save_cycle(run, folder, number, sae, core, result | dict(tokens=cfg.tokens))
+            result |= dict(dropped=sae.n_core - kept, ce=ce, ce_recovered=recovered)
+            result |= dict(dead=dead, tokens=cfg.tokens)
             journal.log(result)
-            journal.path.unlink()
+            save_cycle(run, folder, training, sae, core, result)
+        Path(cfg.out, f"checkpoint{cycle}.pt").unlink(missing_ok=True)
         core, _ = load_core(folder / "core.safetensors")
     print_table(cfg, core)
     print(f"SAEs and cores are in {cfg.out}/cycle*; next: python eval.py {cfg.out}")
@@ -561,7 +565,7 @@ def special_tokens(tokenizer):
     """The ids of BOS, EOS and PAD, those that there are. The first begins every context."""
     ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if set(ids) == {None}:
-        raise ValueError("--model: its tokenizer has neither a BOS nor an EOS token")
+        raise ValueError("--model: its tokenizer has neither a BOS, an EOS nor a PAD token")
     return [i for i in ids if i is not None]
 
 
@@ -572,15 +576,13 @@ def decoder_layers(model):
     return next(m for m in modules if isinstance(m, nn.ModuleList) and len(m) == n)
 
 
-@contextmanager
 def spliced(model, layer, edit):
-    """While open, the output h (R, T, D) of decoder layer `layer` is replaced by edit(h)."""
+    """Inside `with`, the output h (R, T, D) of decoder layer `layer` is replaced by edit(h)."""
 
     def hook(module, args, out):
         return (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
 
-    with decoder_layers(model)[layer].register_forward_hook(hook):
-        yield
+    return decoder_layers(model)[layer].register_forward_hook(hook)
 
 
 @torch.no_grad()
@@ -613,12 +615,21 @@ def harvest(model, layer, ids, keep):
     return torch.cat([residual_stream(model, layer, ids)[keep] for ids, keep in parts])
 
 
+def usual(x, limit, what):
+    """Where the norm of x (..., D) is at most `limit`: (...). Others are attention sinks, like BOS:
+    few, but so large that they would hold most of the variance. Raises ValueError for nan or inf.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    if not norm.isfinite().all():
+        raise ValueError(f"the language model gives nan or inf in {what}")
+    return norm <= limit
+
+
 def without_outliers(model, layer, ids, keep, limit):
-    """keep (R, T) without the positions of ids whose norm is above `limit`. These are attention
-    sinks, like BOS: few, but so large that they would hold most of the variance."""
+    """keep (R, T) without the positions of ids whose norm is above `limit`."""
     parts = in_parts(model, ids, keep, 4096)
-    norms = [residual_stream(model, layer, ids).float().norm(dim=-1) for ids, _ in parts]
-    return keep & (torch.cat(norms) <= limit).cpu()
+    kept = [usual(residual_stream(model, layer, ids), limit, "held-out text") for ids, _ in parts]
+    return keep & torch.cat(kept).cpu()
 
 
 def spliced_loss(model, layer, ids, keep, replace):
@@ -705,8 +716,10 @@ def open_text(cfg, model, tokenizer, folder):
         raise ValueError(f"{cfg.text or cfg.dataset}: has less than three contexts of {cfg.ctx}")
     rows = np.memmap(path, np.int32, "r", shape=(n, width))
     print(f"text: {rows.size} tokens in {(rows == bos).sum()} documents")
-    n_held_out = max(2, min(n_held_out, n // 10))  # of a short text, a tenth
-    return np.split(rows, [min(n_eval, n_held_out // 2), n_held_out])
+    if n // 10 < n_held_out:  # Of a short text a tenth is held out, half of it for evaluation.
+        n_held_out = max(2, n // 10)
+        n_eval = min(n_eval, n_held_out // 2)
+    return np.split(rows, [n_eval, n_held_out])
 
 
 # ---- 3.3 A run: what its trainings share ------------------------------------
@@ -752,15 +765,12 @@ class Run:
         norm, the mean variance per channel of scale * x is 1."""
         cfg = self.cfg
         x = self.block(0, math.ceil(65536 / cfg.ctx)).float()  # (tokens, D)
-        norm = x.norm(dim=-1)
-        median = norm.median().item()
-        usual = x[norm <= (cfg.max_norm * median or math.inf)]
-        print(f"--max-norm {cfg.max_norm} leaves {1 - len(usual) / len(x):.2%} of positions alone")
-        variance = usual.var(0).mean().item()  # about the mean: a constant changes nothing
+        median = x.norm(dim=-1).median().item()
+        kept = x[usual(x, cfg.max_norm * median or math.inf, "the first training block")]
+        variance = kept.var(0).mean().item()  # about the mean: a constant changes nothing
         if not 0 < variance < math.inf:
-            raise ValueError(
-                f"layer {cfg.layer} of {cfg.model} has variance {variance} on the text"
-            )
+            raise ValueError(f"the text: variance {variance} at layer {cfg.layer}; is it of words?")
+        print(f"--max-norm {cfg.max_norm} leaves {1 - len(kept) / len(x):.2%} of positions alone")
         return dict(median_norm=median, scale=variance**-0.5)
 
     def held_out(self, rows):
@@ -777,13 +787,15 @@ class Run:
         ids, keep = contexts(self.rows[order[places].numpy()], self.special)
         if not cfg.cache:
             return harvest(self.model, cfg.layer, ids, keep)
-        name = f"layer{cfg.layer}-{self.checksum}{zlib.crc32(ids.numpy()):08x}.safetensors"
+        code = zlib.crc32(keep.numpy(), zlib.crc32(ids.numpy()))
+        name = f"layer{cfg.layer}-{self.checksum}-{self.model.dtype}-{code:08x}.safetensors"
         path = Path(cfg.cache, name)
         if not path.exists():
             # Another run may write it at the same time, under a name of its own.
-            with written_whole(path, os.getpid()) as part:
+            with written_whole(path, time.time_ns()) as part:
                 save_file(dict(acts=harvest(self.model, cfg.layer, ids, keep)), part)
-        return load_file(path, device=cfg.device)["acts"]
+        with refusing(f"{path}: is damaged; move it away"):
+            return load_file(path, device=cfg.device)["acts"]
 
     def batches(self, training, step=0):
         """Yield the scaled batches (B, D) of `step` and all later steps. Blocks of about 262,144
@@ -794,7 +806,7 @@ class Run:
         n_contexts = min(math.ceil(size / (cfg.ctx - 1)), len(self.rows))
         for number in itertools.count(step // n_batches):
             acts = self.block(number, n_contexts)
-            acts = acts[acts.float().norm(dim=-1) <= self.norm_limit]
+            acts = acts[usual(acts, self.norm_limit, f"training block {number}")]
             order = torch.randperm(len(acts), generator=generator(cfg.seed, training, number))
             # Where tokens are left alone, some others are used twice.
             order = order.repeat(1 + math.ceil(size / len(acts)))[:size].to(acts.device)
@@ -809,8 +821,11 @@ def known_settings(cfg, code):
     earlier start, what was measured. Refused where it is of another run."""
     path = Path(cfg.out, "config.json")
     settings = asdict(cfg) | dict(checksum=code, prefixes=list(cfg.prefixes))
-    for name in ("device", "out", "checkpoint_minutes", "cycles", "cache"):
-        del settings[name]  # These change no training.
+    for name in ("model", "device", "out", "checkpoint_minutes", "cycles", "cache"):
+        del settings[name]  # The checksum stands for the model. The others change no training.
+    for name in ("text", "core"):
+        if settings[name]:  # Files count by their content, wherever they lie.
+            settings[name] = f"{zlib.crc32(np.memmap(settings[name], np.uint8)):08x}"
     old = read_json(path) if path.exists() else {}
     differ = [f"{k} {old.get(k)} there, {v} here" for k, v in settings.items() if old.get(k) != v]
     if not differ:
@@ -831,7 +846,8 @@ class Journal:
         self.path = Path(cfg.out, f"checkpoint{cycle}.pt")
         self.saved = dict(step=0)  # the first step to do
         if self.path.exists():
-            self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            with refusing(f"{self.path}: is damaged; move it away"):
+                self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
         self.began = self.saved_at = time.time()
         tqdm.write("   step     loss      l0 core l0   dead  seconds")
 
@@ -842,9 +858,10 @@ class Journal:
             sae.load_state_dict(self.saved["sae"])
             adam.load_state_dict(self.saved["adam"])
             silent.copy_(self.saved["silent"])
+        self.saved = dict(step=self.saved["step"])  # The rest is large.
 
     def after_step(self, step, loss, fired, n_dead):
-        """Write ten rows in a training, and a checkpoint every few minutes."""
+        """Write about ten rows in a training, and a checkpoint every few minutes."""
         cfg = self.cfg
         steps = cfg.tokens // cfg.batch
         now = time.time()
@@ -859,7 +876,7 @@ class Journal:
         # Dead latents are looked for every 10 steps, and a checkpoint falls just before that.
         due = step % 10 == 0 and now - self.saved_at >= 60 * cfg.checkpoint_minutes
         if due or step == steps:
-            if not (loss.isfinite() and self.sae.W_dec.isfinite().all()):
+            if not all(t.isfinite().all() for t in (loss, *self.sae.parameters())):
                 raise ValueError(f"diverged by step {step}: try a smaller --lr, another --out")
             state = dict(step=step, sae=self.sae.state_dict(), adam=self.adam.state_dict())
             with written_whole(self.path) as part:
@@ -1022,6 +1039,8 @@ def check(cfg):
         if limits and np.any(np.clip(value, *limits) != value):  # This is true for nan, too.
             must = f"must be from {limits[0]} to {limits[1]}, for example {field.default}"
             raise ValueError(f"--{field.name.replace('_', '-')} {value}: {must}")
+    if cfg.k >= cfg.d_sae:
+        raise ValueError(f"--k {cfg.k}: must be below --d-sae {cfg.d_sae}, for example 1")
     if cfg.tokens < cfg.batch:
         raise ValueError(f"--tokens {cfg.tokens}: must be at least --batch {cfg.batch}")
     cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # Is there room for the core?
