@@ -123,7 +123,7 @@ class MatryoshkaSAE(nn.Module):
         # In use, a latent is on where its pre-activation exceeds its threshold. In training,
         # BatchTopK decides instead, and the thresholds follow it.
         self.register_buffer("threshold", torch.zeros(n_latents))
-        # (F,) the number of the narrowest prefix that holds a latent
+        # (F,) the number of the narrowest prefix that holds the latent
         prefix = torch.bucketize(torch.arange(n_latents), torch.tensor(self.widths), right=True)
         self.register_buffer("prefix", prefix, persistent=False)
 
@@ -132,8 +132,7 @@ class MatryoshkaSAE(nn.Module):
         return F.linear(x - self.b_dec, self.W_enc[:width], self.b_enc[:width])
 
     def encode(self, x, width=None):
-        """x (B, D) -> activations (B, width) in use, by fixed thresholds: the latents of a token
-        do not depend on the other tokens."""
+        """x (B, D) -> activations (B, width) in use. Other tokens do not matter, as in training."""
         if x.ndim != 2:
             raise ValueError(f"x must be (tokens, D), not {tuple(x.shape)}: try x.flatten(0, -2)")
         pre = self.pre_activations(x, width)
@@ -154,9 +153,8 @@ class MatryoshkaSAE(nn.Module):
 
 
 def shared_budget(n_tokens, k, n_core_active):
-    """How many activations the latents outside the core share in a batch: what the core leaves of
-    n_tokens * k, so that the *total* L0 is k, but at least a tenth of k (ours), so that they learn.
-    """
+    """How many activations of a batch are left for the latents outside the core: the *total* L0
+    shall be k, but they get at least a tenth of k (our choice), for else they would not learn."""
     return max(n_tokens * k - n_core_active, n_tokens * max(1, k // 10))
 
 
@@ -188,8 +186,7 @@ def nested_loss(x, x_hats):
 
 
 def dead_latent_loss(residual, pre_dead, W_dead):
-    """How badly dead latents alone explain what the living left over (AuxK, Gao et al. 2024): ().
-
+    """How badly dead latents alone explain what the others left over (AuxK, Gao et al. 2024): ().
     residual (B, D), pre_dead (B, d) pre-activations, W_dead (d, D) decoder rows. A token uses its
     D / 2 largest ones. The squared error is divided by the residual's variance."""
     if len(residual) == 1:
@@ -203,7 +200,6 @@ def dead_latent_loss(residual, pre_dead, W_dead):
 
 def training_loss(sae, x, k, dead):
     """The loss of a batch x (B, D), as the paper defines it. dead (d,): indices of dead latents.
-
     Returns the loss (), how often each latent fired (F,), and the smallest activation kept ().
     `train` calls `fast_training_loss` of Part 2, which takes and returns the same. To try another
     loss, change this function and name it in `train`: that is all."""
@@ -215,7 +211,7 @@ def training_loss(sae, x, k, dead):
     x_hats = torch.stack(parts, 1).cumsum(1) + sae.b_dec  # (B, G, D)
     loss = nested_loss(x, x_hats)
     if len(dead):
-        # detach(): the dead-latent loss must not move the living.
+        # detach(): the dead-latent loss must not move the other latents.
         residual = (x - x_hats[:, -1]).detach()
         aux = dead_latent_loss(residual, pre[:, dead], sae.W_dec[dead])
         loss = loss + aux / 32  # the weight of Gao et al.
@@ -255,9 +251,7 @@ def train(run, core, training, journal):
     model, and the share of dead latents. `journal` prints, and lets a killed training go on."""
     cfg = run.cfg
     steps = cfg.tokens // cfg.batch
-    dead_after = min(
-        10_000_000, cfg.tokens // 10 or 1
-    )  # tokens: Gao et al. 2024; the tenth is ours
+    dead_after = min(10_000_000, cfg.tokens // 10 or 1)  # Gao et al. 2024; the tenth is ours.
     first = journal.saved["step"]  # 0, or where a killed training goes on
     batches = run.batches(training, first)
     x = next(batches)  # (B, D)
@@ -289,7 +283,6 @@ def train(run, core, training, journal):
 def attribute(model, layer, ids, keep, sae):
     """Score of each latent of the narrowest prefix, the core included, and the share of tokens at
     which it is on: (M,), (M,). Measured on contexts ids (R, T) where keep (R, T).
-
     The layer's output is replaced by the narrowest reconstruction x_hat (the paper), for the core
     has to be useful without the finer latents. To first order, switching latent i off at a token
     changes the next-token loss by -a_i, a_i = activation_i * <dLoss / dx_hat, W_dec_i>.
@@ -616,9 +609,8 @@ def harvest(model, layer, ids, keep):
 
 
 def usual(x, limit, what):
-    """Where the norm of x (..., D) is at most `limit`: (...). Others are attention sinks, like BOS:
-    few, but so large that they would hold most of the variance. Raises ValueError for nan or inf.
-    """
+    """Where the norm of x (..., D) is at most `limit`: (...). Above are attention sinks, like BOS:
+    few, but with most of the variance. Raises ValueError for nan or inf."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
     if not norm.isfinite().all():
         raise ValueError(f"the language model gives nan or inf in {what}")
@@ -761,8 +753,8 @@ class Run:
         self.ce_zero = measured["ce_zero"]  # the same with the layer's output zeroed, at BOS too
 
     def measure_scale(self):
-        """Of 65,536 tokens (our choice) the median norm; and the scale: without positions of large
-        norm, the mean variance per channel of scale * x is 1."""
+        """Of 65,536 tokens (ours) the median norm; and, without those above the limit, the scale,
+        such that the mean variance per channel of scale * x is 1."""
         cfg = self.cfg
         x = self.block(0, math.ceil(65536 / cfg.ctx)).float()  # (tokens, D)
         median = x.norm(dim=-1).median().item()
