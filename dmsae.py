@@ -969,7 +969,7 @@ def generator(*key):
 
 
 # ---- 3.6 The demo's language model ------------------------------------------
-def build_demo(folder, steps=3000):
+def build_demo(folder, steps=1000):
     """Train a small Gemma-2 on Python's own documentation and sources; put all into `folder`."""
     from pydoc_data.topics import topics
     from tokenizers import ByteLevelBPETokenizer
@@ -983,17 +983,17 @@ def build_demo(folder, steps=3000):
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(docs, 2048, special_tokens=[*special.values()], show_progress=False)
     ids = torch.tensor([i for doc in bpe.encode_batch(docs) for i in (2, *doc.ids)])
-    ids = ids.repeat(2)[: 4 * 128 * steps].view(-1, 128)  # 4 contexts in a step
+    ids = ids.repeat(2)[: 8 * 128 * steps].view(-1, 128)  # 8 contexts in a step
     shape = dict(vocab_size=2048, hidden_size=160, intermediate_size=320, num_hidden_layers=3)
     shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=40)
     shape |= dict(attn_logit_softcapping=None, final_logit_softcapping=None, initializer_range=0.08)
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(Gemma2Config(**shape))
     embedding, *others = model.parameters()
-    groups = dict(params=[embedding], lr=1e-2), dict(params=others, lr=2e-3)
+    groups = dict(params=[embedding], lr=1.4e-2), dict(params=others, lr=2.8e-3)
     adam = torch.optim.Adam(groups, betas=(0.8, 0.99), fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(adam, 1, 0, steps)
-    for batch in tqdm(ids[torch.randperm(len(ids))].split(4), "training the language model"):
+    for batch in tqdm(ids[torch.randperm(len(ids))].split(8), "training the language model"):
         model(batch, labels=batch).loss.backward()
         adam.step()
         adam.zero_grad()
