@@ -759,7 +759,8 @@ class Run:
         x = self.block(0, math.ceil(65536 / cfg.ctx)).float()  # (tokens, D)
         median = x.norm(dim=-1).median().item()
         kept = x[usual(x, cfg.max_norm * median or math.inf, "the first training block")]
-        variance = kept.var(0).mean().item()  # about the mean: a constant changes nothing
+        # About the mean: a constant changes nothing.
+        variance = kept.var(0).mean().item() if len(kept) > 1 else 0
         if not 0 < variance < math.inf:
             raise ValueError(f"the text: variance {variance} at layer {cfg.layer}; is it of words?")
         print(f"--max-norm {cfg.max_norm} leaves {1 - len(kept) / len(x):.2%} of positions alone")

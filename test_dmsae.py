@@ -1773,7 +1773,7 @@ def test_the_demo_refuses_a_text_before_it_trains(tmp_path, capsys, monkeypatch)
     [
         ("t.txt", "", "three contexts of 32"),
         ("t.txt", "the cat sat on the mat", "three contexts of 32"),
-        ("t.txt", "<eos>" * 30_000, "variance nan"),
+        ("t.txt", "<eos>" * 30_000, "variance 0 at layer"),
         ("t.jsonl", ["the cat sat on the mat"] * 900 + [7], "no text from --text-column text"),
     ],
 )
