@@ -36,6 +36,7 @@ from torch import nn
 os.environ["HF_HUB_OFFLINE"] = "1"  # else `datasets` asks s3.amazonaws.com, even for a local file
 
 import dmsae
+import eval as ev
 from dmsae import Config, Core, MatryoshkaSAE, attribute, batch_topk, evaluate, fast_training_loss
 from dmsae import load_sae, mean_loss, nested_loss, next_core, select_core, sparse_topk
 from dmsae import spliced_loss, training_loss, update, update_threshold
@@ -160,14 +161,14 @@ def command(lm, out, **changes):
     return [word for flag, value in given.items() for word in (flag, str(value))]
 
 
-def refusal(capsys, argv):
+def refusal(capsys, argv, program=dmsae):
     """The one line with which a command must end, with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        dmsae.main(argv)
+        program.main(argv)
     *before, line = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
-    assert line.startswith("dmsae: ")
+    assert line.startswith(f"{program.__name__}: ")
     assert not [other for other in before if "dmsae:" in other or "Traceback" in other]
     return line
 
@@ -1863,6 +1864,981 @@ def test_importing_has_no_side_effects():
     assert (out.stdout, out.stderr) == ("set()\n", "")
 
 
+# ---- eval.py: reconstruction --------------------------------------------------------------------
+def ready_sae(W_enc, W_dec, threshold=0.0, widths=None, n_core=0):
+    """An SAE with given rows and no biases."""
+    sae = MatryoshkaSAE(W_enc.shape[1], widths or [len(W_enc)], n_core).requires_grad_(False)
+    sae.W_enc.copy_(W_enc)
+    sae.W_dec.copy_(W_dec)
+    sae.threshold.fill_(threshold)
+    return sae
+
+
+def held(lm):
+    """The tiny language model, contexts of random ids, and keep, where they are not special."""
+    ids = torch.randint(3, 300, (300, 16), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[3, 7], ids[5, 15] = 2, 2, 1
+    return load_tiny(lm), ids, ids > 2
+
+
+def naive_loss(model, ids, keep, x):
+    """Mean next-token loss at the positions keep, if the layer's output is x."""
+    with dmsae.spliced(model, 0, lambda h: x):
+        log_p = model(ids).logits.double().log_softmax(-1)
+    of_next = log_p[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    return -of_next[keep[:, :-1]].mean().item()
+
+
+def test_reconstruction_of_planted_cases(lm):
+    """The identity must recover all, a silent SAE be its bias, and 0 / 0 have no number."""
+    rows = torch.cat([torch.eye(32), -torch.eye(32)])
+    model, ids, keep = held(lm)
+    r = ev.reconstruction(model, 0, ids, keep, ready_sae(rows, rows))
+    ones = "ce_loss_score", "explained_variance_legacy", "explained_variance", "cossim"
+    assert [r[name] for name in ones] == pytest.approx([1] * 4, abs=1e-4)
+    assert max(abs(r["fvu"]), abs(r["fvu_all_positions"])) < 1e-6
+    assert r["l0"] == pytest.approx(32, abs=1e-3)
+    assert r["ce_loss_with_sae"] == pytest.approx(r["ce_loss_without_sae"])
+    assert (r["frac_alive"], r["core_l0"], r["tokens"]) == (1, 0, int(keep.sum()))
+    r = ev.reconstruction(model, 0, ids, keep, ready_sae(rows, rows, math.inf))
+    x = dmsae.residual_stream(model, 0, ids).masked_fill(keep[..., None], 0)
+    assert r["ce_loss_with_sae"] == pytest.approx(naive_loss(model, ids, keep, x), rel=1e-5)
+    assert r["l0"] == r["frac_alive"] == r["cossim"] == 0
+    assert r["fvu"] >= 1
+    toy, ids = Toy(torch.ones(5, 4), torch.zeros(4, 5)), torch.arange(20).view(4, 5) % 5
+    r = ev.reconstruction(toy, 0, ids, ids >= 0, ready_sae(torch.eye(4), torch.eye(4)))
+    none = {name for name, value in r.items() if value is None}
+    assert none == {"fvu", "fvu_all_positions", "explained_variance_legacy", "ce_loss_score"}
+    assert r["ce_loss_with_sae"] == pytest.approx(math.log(5))
+
+
+def naive_reconstruction(model, ids, keep, sae, width, limit):
+    """The figures of the first `width` latents by their definitions, in SAEBench's batches."""
+    x = dmsae.residual_stream(model, 0, ids)
+    usual = keep & (x.norm(dim=-1) <= limit)
+    acts = sae.encode(x.flatten(0, 1), width)
+    x_hat = sae.decode(acts).view_as(x)
+    density = (acts.view(*ids.shape, width)[usual] > 0).double().mean(0)
+    error = (x - x_hat).double().square().sum(-1)
+    tokens, batches = x[usual].double(), [x[i : i + 128][usual[i : i + 128]] for i in (0, 128, 256)]
+    of_batch = torch.cat([(b - b.mean(0)).square().sum(1) for b in batches])
+    square = tokens.square().sum(1).mean()
+    own, zeroed = (naive_loss(model, ids, usual, y) for y in (x, torch.zeros_like(x)))
+    with_sae = naive_loss(model, ids, usual, torch.where(usual[..., None], x_hat, x))
+    variances = [(y - y.mean(0)).square().sum() for y in (tokens, x[keep].double())]
+    out = dict(l0=density.sum(), core_l0=density[: sae.n_core].sum(), tokens=usual.sum())
+    out |= dict(fvu=error[usual].sum() / variances[0], frac_alive=(density > 0).sum() / 50)
+    out |= dict(fvu_all_positions=error[keep].sum() / variances[1])
+    out |= dict(explained_variance=1 - error[usual].mean() / (square - (square / 32) ** 2))
+    out |= dict(explained_variance_legacy=(1 - error[usual] / of_batch).mean())
+    out |= dict(cossim=F.cosine_similarity(x[usual], x_hat[usual]).mean())
+    out |= dict(ce_loss_without_sae=own, ce_loss_with_sae=with_sae, ce_loss_with_ablation=zeroed)
+    return out | dict(ce_loss_score=(zeroed - with_sae) / (zeroed - own))
+
+
+@pytest.mark.parametrize("n_core, share", [(0, 1.0), (7, 1.0), (7, 0.8)])
+def test_reconstruction_equals_a_naive_reference(lm, n_core, share):
+    """All figures, of each prefix and within a limit, must be as defined, and the SAE as before."""
+    model, ids, keep = held(lm)
+    torch.manual_seed(1)
+    W_dec = F.normalize(torch.randn(50, 32))
+    sae = ready_sae(torch.randn(50, 32), W_dec, 0.5, [20, 50], n_core)
+    sae.W_enc[0] *= 0  # a dead latent, and one that is always on
+    sae.b_enc[1] = 1e3
+    sae.b_dec[:] = torch.randn(32) / 9
+    norms = dmsae.residual_stream(model, 0, ids)[keep].norm(dim=1)
+    limit = norms.quantile(share).item() if share < 1 else math.inf
+    for width in {n_core or 9, 20, 50}:
+        alone = copy.deepcopy(sae)
+        alone.threshold[width:] = math.inf
+        before = copy.deepcopy(alone.state_dict())
+        got = ev.reconstruction(model, 0, ids, keep, alone, limit)
+        want = naive_reconstruction(model, ids, keep, sae, width, limit)
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert got[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), (name, width)
+        assert all(torch.equal(t, before[name]) for name, t in alone.state_dict().items())
+    assert got["tokens"] == pytest.approx(share * int(keep.sum()), abs=1)
+    assert (got["fvu"] == got["fvu_all_positions"]) == (share == 1)
+
+
+def test_unit_rows_compute_the_same(story):
+    """An SAE whose latents are rescaled must become what it was, with decoder rows of unit norm."""
+    sae, x = load_sae(story / "cycle3"), 9 * torch.randn(500, 32)
+    scaled, factor = copy.deepcopy(sae).requires_grad_(False), 0.2 + torch.rand(128)
+    for tensor in scaled.W_enc.T, scaled.b_enc, scaled.threshold:
+        tensor /= factor
+    scaled.W_dec *= factor[:, None]
+    same = ev.unit_rows(scaled)
+    assert (sae.encode(x) > 0).any(0).sum() > 20
+    assert torch.allclose(same.W_dec.norm(dim=1), torch.ones(128))
+    assert torch.allclose(same.encode(x), sae.encode(x), atol=1e-4)
+    assert torch.allclose(same(x), sae(x), atol=1e-4)
+
+
+# ---- Probes -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mean, scale", [(0, 1e-3), (0, 1), (0, 1e6), (3e4, 1e4), (-1e6, 1)])
+@pytest.mark.parametrize("wrong, precision", [(1, 1e-6), (0, 3e-3)])
+def test_logistic_regression_of_two_places_by_hand(mean, scale, wrong, precision):
+    """Of 3 positives and `wrong` negatives at mean + scale, mirrored at mean - scale, the weight
+    u / scale must solve u / (2 scale^2) = (3 + wrong) / (1 + exp(u)) - wrong."""
+    low, high = 0.0, 100.0  # of u
+    for _ in range(200):
+        u = (low + high) / 2
+        below = u / (2 * scale**2) < (3 + wrong) / (1 + math.exp(u)) - wrong
+        low, high = (u, high) if below else (low, u)
+    side = torch.tensor([1] * (3 + wrong) + [-1] * (3 + wrong)).double()[:, None]
+    y = torch.tensor([True] * 3 + [False] * (wrong + 3) + [True] * wrong)
+    ((weight, bias),) = ev.logistic_regression(mean + scale * side, y).tolist()
+    assert weight * scale == pytest.approx(low, rel=precision)
+    assert bias == pytest.approx(-weight * mean, rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("mean, scales", [(0, [1, 1, 1]), (3e4, [1e4] * 3), (0, [1e-3, 1, 1e6])])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_logistic_regression_is_the_minimum(balanced, mean, scales):
+    """The gradient of scikit-learn's objective must vanish, and float32 must tell as much."""
+    torch.manual_seed(0)
+    z, scales = torch.randn(200, 3).double(), torch.tensor(scales).double()
+    y = z.sum(1) + torch.randn(200) > 1
+    x = mean + scales * z
+    probe = ev.logistic_regression(x, y, balanced)
+    weight = torch.where(y, 100 / y.sum(), 100 / (~y).sum()) if balanced else torch.ones(200)
+    error = weight * (torch.sigmoid(x @ probe[0, :-1] + probe[0, -1]) - y.double())
+    gradient = (x - mean).T @ error + probe[0, :-1]
+    assert (gradient / scales.clamp_min(1)).abs().max() < 1e-6
+    assert error.sum().abs() < 1e-6
+    single = ev.probe_logits(x.float(), ev.logistic_regression(x.float(), y, balanced)) > 0
+    assert torch.equal(single, ev.probe_logits(x, probe) > 0)
+
+
+def as_probe(linear):
+    """nn.Linear's parameters as a probe of eval.py: weights, then bias."""
+    return torch.cat([linear.weight, linear.bias[:, None]], 1).detach()
+
+
+def test_a_probe_equals_a_naive_reference():
+    """It must start as nn.Linear does, and be the best of 20 epochs of BCE and L1."""
+    torch.manual_seed(0)
+    x = torch.randn(80, 5)
+    train, test = torch.randint(0, 80, (2, 24)), torch.randint(0, 80, (2, 8))
+    x[train[0]] += 0.3
+    got = ev.train_probe(x, train, test, seed=2)
+    rng, probe, best = dmsae.generator(2, "probes"), nn.Linear(5, 1), (-1,)
+    bound = math.sqrt(1 / probe.in_features)  # of weight and bias in nn.Linear.reset_parameters
+    start = bound * (2 * torch.rand(6, generator=rng) - 1)
+    probe.load_state_dict(dict(weight=start[None, :5], bias=start[5:]))
+    adam = torch.optim.AdamW(probe.parameters(), 1e-3)
+    rows, y = train.flatten(), torch.tensor([1.0] * 24 + [0.0] * 24)
+    for _ in range(20):
+        for at in torch.randperm(48, generator=rng).split(16):
+            adam.zero_grad()
+            loss = nn.BCEWithLogitsLoss()(probe(x[rows[at]])[:, 0], y[at])
+            (loss + 1e-3 * probe.weight.abs().sum()).backward()
+            adam.step()
+        right = sum((probe(x[i]) > 0).item() for i in test[0])
+        right += sum((probe(x[i]) <= 0).item() for i in test[1])
+        if right > best[0]:
+            best = right, as_probe(probe)
+    assert torch.allclose(best[1], got, atol=1e-5)
+    assert ev.accuracy(x, test, got) == pytest.approx(best[0] / 16)
+
+
+@pytest.mark.parametrize("batch, taken", [(50, 6), (4, 4)])  # 50 would be 3 batches; 20 is least
+def test_letter_probes_equal_a_naive_reference(batch, taken):
+    """They must be those of torch's own schedule and of losses written out, and read a letter."""
+    y = torch.cat([torch.arange(26), torch.zeros(100, dtype=torch.long)])
+    noise = torch.randn(126, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([3 * F.one_hot(y, 26).float(), noise], 1)
+    got = ev.train_letter_probes(x, y, batch, 1e-4, l1=0.02, seed=4)
+    assert (ev.probe_logits(x, got).argmax(1) == y).all()
+    rng, probes = dmsae.generator(4, "letters"), nn.Linear(30, 26)
+    for p in probes.parameters():
+        nn.init.zeros_(p)
+    adam = torch.optim.Adam(probes.parameters(), 1e-2, weight_decay=1e-4)
+    decay = torch.optim.lr_scheduler.ExponentialLR(adam, (1e-5 / 1e-2) ** (1 / 50))
+    truth = y[:, None] == torch.arange(26)
+    weight = torch.where(truth, (~truth).sum(0) / truth.sum(0), 1.0)
+    for _ in range(50):
+        for at in torch.randperm(126, generator=rng).split(taken):
+            p = torch.sigmoid(probes(x[at]))
+            losses = -weight[at] * torch.where(truth[at], p, 1 - p).log()
+            adam.zero_grad()
+            (losses.mean(0).sum() + 0.02 * probes.weight.abs().sum()).div(26).backward()
+            adam.step()
+        decay.step()
+    assert torch.allclose(got, as_probe(probes), atol=2e-3)
+
+
+# ---- Absorption ---------------------------------------------------------------------------------
+def test_absorption_scores_equal_a_naive_reference():
+    """Word by word, both scores must equal SAEBench's definitions written as plain arithmetic."""
+    rng, seen = np.random.default_rng(0), Counter()
+    for _ in range(400):
+        f = rng.random((4, 8)) * (rng.random((4, 8)) < 0.4) * 2
+        x, W_dec = rng.normal(size=(4, 5)) + 0.5, rng.normal(size=(8, 5))
+        w, main = rng.normal(size=5) + 0.5, rng.choice(8, rng.integers(1, 3), replace=False)
+        u = w / np.linalg.norm(w)
+        if rng.random() < 0.5:  # a latent that is hardly along the probe, but very active
+            W_dec[0] -= (W_dec[0] @ u - 0.04 * rng.random()) * u
+            f[:, 0] *= 1000
+        got = ev.absorption_scores(*map(torch.tensor, (f, x, W_dec, w, main)))
+        c = [row @ u / np.linalg.norm(row) for row in W_dec]
+        for i in range(4):
+            p, projection = [f[i, j] * c[j] for j in range(8)], x[i] @ u
+            m, top = sum(p[j] for j in main), int(np.argmax(p))
+            silent = all(f[i, j] < 1e-8 for j in main)
+            enough = projection >= 0 and p[top] / projection >= 0.4
+            full = silent and enough and c[top] >= 0.025
+            others = [p[j] for j in range(8) if j not in main and c[j] >= 0.1 and p[j] > 0]
+            t = sum(sorted(others)[-3:])
+            share = min(t, projection - m)
+            fraction = 1 if m <= 0 else share / (share + m)
+            if m >= projection or t / projection < 0.4:
+                fraction = 0
+            assert (bool(got[0][i]), got[1][i].item()) == (full, pytest.approx(fraction))
+            seen.update(full=int(full), part=int(0 < fraction < 1), whole=int(fraction == 1))
+            seen.update(zero=int(fraction == 0), thin=int(silent and enough and not full))
+    assert min(seen.values()) > 20  # every branch was met
+
+
+@pytest.mark.parametrize("sizes, n", [([97, 3], 1), ([90, 10], 2), ([10] * 10, 10)])
+def test_a_further_main_latent_must_add_to_the_f1(sizes, n):
+    """A latent that adds .015 to the F1 must be left out, and ten that add .05 or more be taken."""
+    group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    f = 5.0 * F.pad(F.one_hot(group).float(), (0, 0, 0, 100))
+    y = torch.arange(200) < 100
+    main, f1 = ev.main_latents(torch.arange(len(sizes)), f, y, f, y)
+    assert main.tolist() == list(range(n))
+    assert f1 > 0.94
+
+
+class Words(tuple):
+    """A tokenizer: its tokens, words between spaces and newlines. 0 is BOS, 1 unknown."""
+
+    bos_token_id, eos_token_id, pad_token_id = 0, None, None
+
+    def convert_ids_to_tokens(self, ids):
+        return [self[i] for i in ids]
+
+    def __call__(self, texts, **_):
+        rows = [re.findall(r"\n|[^ \n]+", text) for text in texts]
+        return {"input_ids": [[self.index(w) if w in self else 1 for w in row] for row in rows]}
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """A model of 26 x 40 words, each with its letter's direction and its own; its tokenizer; an SAE
+    with a latent for each letter, blind to 14 words in s, and one for each of these; their ids."""
+    words = [f"{chr(97 + c)}{'x' * j}q" for c in range(26) for j in range(40)]
+    letter, eye = torch.arange(1040) // 40, torch.eye(26 + 1040)
+    table = torch.cat([5 * F.one_hot(letter, 26).float(), torch.eye(1040)], 1)
+    blind = 18 * 40 + torch.arange(14)
+    W_enc = torch.cat([eye[:26], 5 * eye[26 + blind]])
+    W_enc[18, 26 + blind] = -10
+    sae = ready_sae(W_enc, torch.cat([eye[:26], F.normalize(table[blind])]))
+    tokenizer = Words(["<bos>", "<unk>", *words, "has", "the", "first", "letter:"])
+    table = F.pad(table, (0, 0, 2, 4))
+    return Toy(table, torch.zeros(1066, len(table))), tokenizer, sae, {*(2 + blind).tolist()}
+
+
+WORDS = 10_000, 0, math.inf  # n_words, seed, limit of a Spelling that is made once
+
+
+def test_the_letter_task_reads_the_word_behind_ten_examples(letters, monkeypatch):
+    """A prompt must be BOS, newline, ten lines of examples and another word, which must be read."""
+    model, tokenizer, *_ = letters
+    calls = spied(monkeypatch, ev, "residuals")
+    task = ev.spelling_task(model, 0, tokenizer, 10_000, 1)
+    tail = [tokenizer.index(word) for word in "has the first letter:".split()]
+    own, examples = [], []  # of training, test and fresh prompts
+    for (_, _, prompts), _ in calls:
+        own.append([prompt[-1] for prompt in prompts])
+        examples.append({i for prompt in prompts for i in prompt[2:-1:7]})
+        for prompt in prompts:
+            lines = prompt[2:-1]  # example, tail, letter (unknown here), newline
+            assert (prompt[:2], len(lines)) == ([0, 1], 70)
+            assert prompt[-1] not in lines[::7]
+            assert all(lines[j + 1 : j + 5] == tail for j in range(0, 70, 7))
+    train, test, fresh = own
+    assert len({*train, *test}) == len(train) + len(test) == 1043  # and has, the, first
+    assert test == fresh
+    assert examples[0] <= {*train} and examples[1] <= {*test} and examples[2] & {*train}
+    for got, ids in zip((task.x_train, task.x_test, task.x_fresh), own, strict=True):
+        assert torch.equal(got, model.embedding[ids])
+    for x, y in (task.x_train, task.y_train), (task.x_test, task.y_test):
+        known = x.any(1)  # `has`, `the` and `first` have no direction
+        assert torch.equal(x[known, :26].argmax(1), y[known])
+    right = ev.probe_logits(task.x_test, task.probes).argmax(1) == task.y_test
+    assert right[known].float().mean() > 0.95
+
+
+def test_words_above_the_limit_are_left_out(letters, monkeypatch):
+    """A word with a residual above the limit in any of its prompts must be left out of all."""
+    model, tokenizer, *_ = letters
+    whole = ev.spelling_task(model, 0, tokenizer, *WORDS)
+    huge = iter([2, 0, 1])  # a training prompt, a test prompt, a fresh prompt
+
+    def residuals(model, layer, rows):
+        at = next(huge)
+        return [model.embedding[row] * (1 + 9 * (i == at)) for i, row in enumerate(rows)]
+
+    monkeypatch.setattr(ev, "residuals", residuals)
+    task = ev.spelling_task(model, 0, tokenizer, 10_000, 0, 6.0)
+    for got, want in zip(task[:2], whole, strict=False):
+        assert torch.equal(got, torch.cat([want[:2], want[3:]]))
+    for got, want in zip(task[2:5], whole[2:5], strict=True):
+        assert torch.equal(got, want[2:])
+
+
+def test_absorption_finds_the_planted_words(letters):
+    """Full absorption must be the share of blind words among words in s, and else zero."""
+    model, tokenizer, sae, blind = letters
+    r = ev.absorption(model, 0, tokenizer, sae)
+    task = ev.spelling_task(model, 0, tokenizer, *WORDS)
+    read = ev.probe_logits(task.x_test, task.probes)[:, 18] > 0
+    hit = task.x_test[read & (task.y_test == 18), 26:].argmax(1) + 2  # token ids
+    share, rows = np.mean([i in blind for i in hit.tolist()]), r["details"]
+    assert 0 < share < 1
+    assert rows["s"]["full_absorption_rate"] == pytest.approx(share)
+    assert rows["s"]["fraction_0_6_0"] == pytest.approx(share, abs=1e-4)
+    assert rows["s"]["num_split_features"] == 1
+    assert all(row["full_absorption_rate"] == 0 for c, row in rows.items() if c != "s")
+    assert r["letters"] == len(rows) >= 20
+    assert r["words"] == 1043
+    for name in "full_absorption_rate", "main_f1":
+        assert r[name] == pytest.approx(np.mean([row[name] for row in rows.values()]))
+
+
+def test_what_cannot_be_read_is_left_out_or_refused(letters, monkeypatch):
+    """A letter that is not read must not count; what tells too few must give a reason instead."""
+    model, tokenizer, sae, _ = letters
+    noise = torch.randn(30, 1066, generator=torch.Generator().manual_seed(0))
+    noise[:, :26] = 0  # of single words only, none of which is in train and test
+    silent = ready_sae(sae.W_enc, sae.W_dec, math.inf)
+    for bad, f1 in (ready_sae(noise, noise), "0.[0-5]"), (silent, "0.00"):
+        with pytest.raises(ev.CannotRun, match=f"mean F1 is {f1}"):
+            ev.absorption(model, 0, tokenizer, bad)
+    task = copy.deepcopy(ev.spelling_task(model, 0, tokenizer, *WORDS))
+    task.probes[[0, 25]] = F.pad(torch.zeros(1066), (0, 1), value=-1)
+    monkeypatch.setattr(ev, "spelling_task", lambda *words: task)
+    read = "bcdefghijklmnopqrstuvwxy"
+    assert "".join(ev.absorption(model, 0, tokenizer, sae)["details"]) == read
+    monkeypatch.setattr(ev, "MIN_LETTERS", 25)
+    with pytest.raises(ev.CannotRun, match="read 24 of 26"):
+        ev.absorption(model, 0, tokenizer, sae)
+
+
+# ---- Labelled texts, and sparse probing ---------------------------------------------------------
+def test_labelled_texts_are_read_evenly(tmp_path):
+    """Rows that lack a value and classes below ten texts must be left out, and others cut to the
+    budget, at most 2500; columns can be named, and a byte-order mark must hide none."""
+    sizes, path = dict(a=40, b=21, c=9), tmp_path / "t.jsonl"
+    rows = [dict(words=f"{c} é {i}" * (i > 0), topic=c) for c, n in sizes.items() for i in range(n)]
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    texts, labels, spurious = ev.labelled(path, ("words", "topic"), budget=30)
+    assert (Counter(labels), len({*texts}), spurious) == (dict(a=15, b=15), 30, None)
+    assert all(t.split()[:2] == [c, "é"] for t, c in zip(texts, labels, strict=True))
+    assert {*ev.labelled(path, ("words", "topic"), 30, 1)[0]} != {*texts}
+    texts, labels, same = ev.labelled(path, ("words", "topic", "topic"))
+    assert Counter(labels) == dict(a=39, b=20)
+    assert (same == labels).all()
+    lines = [f'"text, {i}",{i % 2}' for i in range(12_000)]
+    lines[11_000], lines[3] = "text,", ",1"  # One missing label must not turn 1 into 1.0.
+    (tmp_path / "t[1].csv").write_text("\n".join(["text,label", *lines]), "utf-8-sig")
+    texts, labels, _ = ev.labelled(tmp_path / "t[1].csv", budget=10**6)
+    assert Counter(labels) == {"0": 2500, "1": 2500}
+    assert all(re.fullmatch(r"text, \d+", text) for text in texts)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7])
+def test_pooled_equals_text_by_text(lm, share):
+    """Means within the limit must be those of each text; to move one must be to zero latents."""
+    model, tokenizer = load_tiny(lm), tokenizer_of(lm)
+    sae = random_sae(32, dtype=torch.float32)
+    before = copy.deepcopy(sae.state_dict())
+    texts = ["the cat sat", "dog", "a bird sang a loud song of spring " * 20]
+    rows = [[2, *tokenizer(t, add_special_tokens=False)["input_ids"]][:12] for t in texts]
+    xs = [dmsae.residual_stream(model, 0, torch.tensor([row]))[0, 1:] for row in rows]
+    limit = 1.001 * torch.cat(xs).norm(dim=1).quantile(share).item()
+    X, A = ev.pooled(model, 0, tokenizer, sae, texts, 12, limit)
+    for i, x in enumerate(xs):
+        x = x[x.norm(dim=1) <= limit]
+        f = sae.encode(x)
+        less = f.index_fill(1, torch.tensor([3, 5]), 0)
+        ablated = sae.decode(less) + (x - sae.decode(f))  # what `ablations` takes it to be
+        moved = X[i] - A[i, [3, 5]] @ sae.W_dec[[3, 5]]
+        for got, want in (X[i], x), (A[i], f), (moved, ablated):
+            assert torch.allclose(got, want.mean(0), atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+    assert not ev.pooled(model, 0, tokenizer, sae, texts, 12, 0.0)[1].any()
+
+
+def test_one_vs_rest_is_balanced_and_disjoint():
+    """Negatives must be as many, of all others in equal shares, and no text in train and test."""
+    labels = np.array(list("abc" * 50) + ["a"] * 30)
+    for c, (train, test) in zip("abc", ev.one_vs_rest(labels, 1), strict=True):
+        for on, off in train, test:
+            assert {*labels[on]} == {c} and c not in labels[off]
+        used = [*train.flatten().tolist(), *test.flatten().tolist()]
+        assert len({*used}) == len(used)
+        others = Counter(labels[train[1]]).values()
+        assert len(others) == 2 and max(others) - min(others) <= 1
+        assert train.shape[1] in (40, 64)
+    for train, test in ev.one_vs_rest(list("abcd" * 50)):
+        assert (train.shape, test.shape) == ((2, 40), (2, 10))
+
+
+def planted_texts():
+    """X, A, labels, W_dec of 120 texts of 3 classes: latent c fires on class c only, three others
+    on nothing in particular; decoder rows orthogonal."""
+    torch.manual_seed(0)
+    of_class = F.one_hot(torch.arange(120) % 3, 3) * (1 + torch.rand(120, 3))
+    A, W_dec = torch.cat([of_class, torch.rand(120, 3)], 1), torch.eye(6, 8)
+    return A @ W_dec, A, np.array(list("abc") * 40), W_dec
+
+
+def test_sparse_probing_finds_planted_classes():
+    """One latent must tell a planted class, also by its silence, and no latent be at chance."""
+    X, A, labels, _ = planted_texts()
+    r = ev.sparse_probing(X @ torch.linalg.qr(torch.randn(8, 8))[0], A, labels)
+    assert r["sae_top_1_test_accuracy"] == 1 > r["llm_top_1_test_accuracy"]
+    always = torch.cat([A, 9 + torch.rand(120, 1)], 1)  # large, and the same for all classes
+    for rows in always, 1.0 - (A[:, :3] > 0).float():
+        assert ev.sparse_probing(X, rows, labels)["sae_top_1_test_accuracy"] == 1
+    assert ev.sparse_probing(X, torch.zeros_like(A), labels)["sae_top_5_test_accuracy"] == 0.5
+    same = ev.sparse_probing(A, A, labels)
+    assert same["llm_top_2_test_accuracy"] == same["sae_top_2_test_accuracy"]
+    number = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
+    for given in labels.tolist(), labels.astype(object), number:
+        assert ev.sparse_probing(A, A, given) == same
+
+
+# ---- TPP and SCR --------------------------------------------------------------------------------
+ABLATED = 2, 5, 10, 20, 50, 100, 500
+
+
+@pytest.fixture
+def start_at_zero(monkeypatch):
+    """Probes that start at zero, so that few steps are enough for planted cases."""
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda t, *limits, **rng: t.zero_())
+
+
+def naive_accuracy(task, probe, X, A, W_dec, gone=()):
+    """Of a probe on a task's positives and the rest, text by text, without the latents `gone`."""
+    hits = []
+    for positive, texts in zip((True, False), task, strict=True):
+        for t in texts:
+            x = X[t] - sum(A[t, i] * W_dec[i] for i in gone)
+            hits.append((x @ probe[:-1] + probe[-1] > 0) == positive)
+    return np.mean(hits)
+
+
+def test_tpp_of_planted_classes_hits_only_its_own_probe(start_at_zero):
+    """To ablate a class's latents must cost its own probe its accuracy, and others nothing."""
+    X, A, labels, W_dec = planted_texts()
+    A[:, 3:] = 0  # for each negative effect SAEBench also takes a latent of none: another class's
+    r, name = ev.tpp(X, A, labels, W_dec, seeds=(0, 1)), "tpp_threshold_2"
+    for row in r["details"]:
+        own, others = row[f"{name}_intended"], row[f"{name}_unintended"]
+        assert row["probe_accuracy"] > 0.95
+        assert own > 0.3 and abs(others) < 0.1
+        assert row[f"{name}_total_metric"] == pytest.approx(own - others)
+    assert len(r["details"]) == 2 and ev.mean_of(r["details"]).items() <= r.items()
+    r = ev.mean_of([dict(a=1.0, b=None), dict(a=3.0, b=5.0)])  # deviations over n - 1
+    assert r == dict(a=2, a_std=pytest.approx(math.sqrt(2)), b=5, b_std=None)
+
+
+def test_tpp_equals_a_naive_reference():
+    """With the same probes, every figure must equal ablation text by text."""
+    torch.manual_seed(3)
+    labels, A = np.array(list("abcd") * 100), torch.rand(400, 30) * (torch.rand(400, 30) < 0.5)
+    A += 0.4 * F.one_hot(torch.arange(400) % 4, 30)
+    W_dec = F.normalize(torch.randn(30, 6))
+    X = A @ W_dec + 0.1 * torch.randn(400, 6)
+    (row,) = ev.tpp(X, A, labels, W_dec, seeds=(5,))["details"]
+    tasks = ev.one_vs_rest(labels, 5)
+    probes = [ev.train_probe(X, *task, 5)[0] for task in tasks]
+    data = X.numpy(), A.numpy(), W_dec.numpy()
+    lost = {(n, own): [] for n in ABLATED for own in (True, False)}
+    before = [naive_accuracy(tasks[j][1], probes[j].numpy(), *data) for j in range(4)]
+    for i in range(4):
+        on, off = (A[texts].mean(0) for texts in tasks[i][0])
+        effect = (on - off).clamp_min(0) * (W_dec @ probes[i][:-1])
+        # As many may go as are not zero: among them some of no effect, as in SAEBench.
+        order = effect.topk(int((effect != 0).sum())).indices.tolist()
+        for j, n in itertools.product(range(4), ABLATED):
+            after = naive_accuracy(tasks[j][1], probes[j].numpy(), *data, order[:n])
+            lost[n, i == j].append(before[j] - after)
+    assert row["probe_accuracy"] == pytest.approx(np.mean(before))
+    for (n, own), values in lost.items():
+        name = f"tpp_threshold_{n}_{'intended' if own else 'unintended'}"
+        assert row[name] == pytest.approx(np.mean(values), abs=1e-6)
+
+
+def test_scr_removes_a_planted_correlation(start_at_zero):
+    """To ablate the spurious latent, the easier one, must make the biased probe fair: 1; without
+    latents nothing must move: 0; in a tie there must be no value."""
+    torch.manual_seed(0)
+    label, spurious = torch.arange(400) % 2, torch.arange(400) // 2 % 2
+    A = torch.stack([label, 1 - label, spurious, 1 - spurious], 1) * (1 + 0.3 * torch.rand(400, 4))
+    A[:, 2:] *= 1.4
+    r = ev.scr(A, A, label, spurious, torch.eye(4), seeds=(0, 1))
+    assert (r["pairs"], len(r["details"])) == (1, 2)
+    for row in r["details"]:
+        assert row["scr_metric_threshold_2"] == row["scr_dir1_threshold_2"] > 0.9
+    assert ev.mean_of(r["details"]).items() <= r.items()
+    silent = ev.scr(A, 0 * A, label, spurious, torch.eye(4))
+    assert silent["scr_metric_threshold_20"] == 0
+    tie = ev.scr(0 * A, A, label, spurious, torch.eye(4))
+    assert tie["scr_metric_threshold_2"] is tie["scr_metric_threshold_2_std"] is None
+    assert tie["scr_dir1_threshold_2"] == 0
+
+
+def test_scr_equals_a_naive_reference():
+    """With the same probes, every figure must equal loops over texts and latents."""
+    torch.manual_seed(4)
+    label, spurious = torch.arange(1200) % 2, torch.arange(1200) // 2 % 2
+    A = torch.rand(1200, 12) * (torch.rand(1200, 12) < 0.5)
+    A[:, 0] += 0.3 * label
+    A[:, 1] += 0.6 * spurious
+    W_dec = F.normalize(torch.randn(12, 5))
+    X = A @ W_dec + 0.1 * torch.randn(1200, 5)
+    (row,) = ev.scr(X, A, label.numpy(), spurious.numpy(), W_dec, seeds=(3,))["details"]
+    rng, cells = np.random.default_rng(3), []
+    for c, v in itertools.product((0, 1), (0, 1)):
+        cells.append(rng.permutation(np.flatnonzero((label == c) & (spurious == v))).tolist())
+
+    def tasks(at, half):
+        au, av, bu, bv = (cell[at][:half] for cell in cells)
+        biased = cells[0][at][: 2 * half], cells[3][at][: 2 * half]
+        return [(au + av, bu + bv), (au + bu, av + bv), biased]
+
+    train, test = tasks(slice(0, 240), 120), tasks(slice(240, 300), 30)
+    pairs = [map(torch.tensor, pair) for pair in zip(train, test, strict=True)]
+    probes = [ev.train_probe(X, *pair, 3)[0].numpy() for pair in pairs]
+    data = X.numpy(), A.numpy(), W_dec.numpy()
+    before = [naive_accuracy(test[i], probes[2], *data) for i in (0, 1)]
+    assert before[0] != before[1]
+    for n in ABLATED:
+        scores = []
+        for asked, other in (0, 1), (1, 0):
+            on, off = train[other]
+            effect = (A[on].mean(0) - A[off].mean(0)).numpy() * (data[2] @ probes[other][:-1])
+            gone = sorted(range(12), key=lambda k: -abs(effect[k]))[:n]
+            room = naive_accuracy(test[asked], probes[asked], *data) - before[asked]
+            gain = naive_accuracy(test[asked], probes[2], *data, gone) - before[asked]
+            scores.append(gain / room if room >= 0.001 else 0)
+        scores.append(scores[np.argmin(before)])
+        names = [f"scr_{name}_threshold_{n}" for name in ("dir1", "dir2", "metric")]
+        assert [row[name] for name in names] == pytest.approx(scores, abs=1e-5)
+
+
+def test_scr_takes_the_pairs_with_the_most_texts():
+    """It must take the four whose smallest of four cells is the largest, and is 20 at least."""
+    sizes = dict(a=30, b=25, c=20, d=22, e=19)
+    labels = [c for c, n in sizes.items() for _ in range(2 * n)]
+    values = [v for n in sizes.values() for v in "uv" for _ in range(n)]
+    found = ev.scr_cells(labels, values)
+    pairs = ["".join(labels[cell[0]] for cell in cells[::2]) for cells in found]
+    assert pairs == ["ab", "ad", "bd", "ac"]
+    arrays = ev.scr_cells(np.array(labels), np.array(values, object))
+    assert all(map(np.array_equal, sum(found, []), sum(arrays, [])))
+    for bad in None, ["u"] * len(labels), ["u" if c == "a" else "v" for c in labels]:
+        with pytest.raises(ev.CannotRun, match="third column"):
+            ev.scr_cells(labels, bad)
+
+
+# ---- Stability and agreement --------------------------------------------------------------------
+def test_stability_equals_sets_of_births(story):
+    """All must equal what the sets of identities in the saved cores give, and the counts there."""
+    rows, before = [ev.stability(folder) for folder in ev.cycles(story)], set()
+    for n, row in enumerate(rows):
+        core = saved_core(story, n)
+        now = {*map(tuple, core["birth"].tolist())}
+        both = len(now & before)
+        assert (row["cycle"], row["core"], row["kept"]) == (n, len(now), both)
+        assert row["jaccard"] == pytest.approx(both / len(now | before))
+        assert row["identity_overlap"] == pytest.approx(both / max(1, len(before)))
+        assert row["votes"] == Counter(core["votes"].tolist())
+        assert row["births"] == Counter(training for training, _ in now)
+        before = now
+    assert n == 3 and 0 < row["jaccard"] < row["identity_overlap"]
+    assert ev.stability(f"{story}/cycle3") == row
+
+
+def test_assignment_equals_brute_force():
+    """It must have the least cost of all matchings, and find a planted order in noise."""
+    rng = np.random.default_rng(0)
+    for n, m in itertools.combinations_with_replacement(range(1, 7), 2):
+        for cost in rng.integers(0, 4, (n, m)).astype(float), rng.normal(size=(n, m)):
+            row_of = ev.assignment(cost)
+            taken = row_of >= 0
+            assert sorted(row_of[taken].tolist()) == list(range(n))
+            columns = itertools.permutations(range(m), n)
+            best = min(cost[np.arange(n), list(c)].sum() for c in columns)
+            assert cost[row_of, np.arange(m)][taken].sum() == pytest.approx(best)
+    torch.manual_seed(0)
+    a, order = torch.randn(200, 24), torch.randperm(200)  # as many rows as a core has
+    b = a[order] + 0.1 * torch.randn(200, 24)
+    cosine = (F.normalize(a) @ F.normalize(b).T).double().numpy()
+    assert np.array_equal(ev.assignment(-cosine), order.numpy())
+    assert ev.pw_mcc(a, a[order]) == pytest.approx(1)
+    assert ev.pw_mcc(a[:1], -a[:1]) == pytest.approx(-1)
+    assert 0.9 < ev.pw_mcc(a, b[:50]) == pytest.approx(ev.pw_mcc(b[:50], a))
+
+
+def test_agreement_of_planted_runs_beside_its_baselines(tmp_path):
+    """Runs that share their cores and nothing else must have a PW-MCC of 1 for the cores only."""
+    torch.manual_seed(0)
+    runs, shared, birth = [tmp_path / "a", tmp_path / "b"], torch.randn(20, 64), torch.zeros(20, 2)
+    for run in runs:
+        rows = torch.cat([shared, torch.randn(80, 64)])
+        sae = ready_sae(rows, F.normalize(rows), 0.0, [60, 100])
+        core = Core(shared, birth=birth.long(), index=torch.arange(20))
+        about = SimpleNamespace(cfg=Config(d_sae=100), checksum="0", median_norm=1.0)
+        run.mkdir()
+        dmsae.save_cycle(about, run / "cycle0", 0, sae, core, {})
+    r = ev.agreement(*runs)
+    core, drawn, prefix = r["core"], r["drawn from prefix 0"], r["prefix 0"]
+    assert (core["n"], drawn["n"], prefix["n"]) == ([20, 20], [20, 20], [60, 60])
+    assert core["decoder"] == pytest.approx(1, abs=1e-5)
+    assert core["decoder_random"] < 0.4
+    assert prefix["decoder_random"] < prefix["decoder"] < 0.8
+    assert drawn["decoder"] < 0.6
+    assert ev.agreement(*runs) == r != ev.agreement(*runs, seed=1)
+    same = ev.agreement(runs[0], runs[0])
+    assert same["prefix 0"]["decoder"] == pytest.approx(1, abs=1e-5)
+
+
+# ---- The command line of eval.py, its table and its page ----------------------------------------
+def report_of(capsys, *words):
+    """What eval.py's command line writes, which must be strict JSON, and the lines it prints."""
+    assert ev.main([*map(str, words)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    written = Path(lines[-1].removeprefix("written: ")).read_text("utf-8")
+    return json.loads(written, parse_constant=pytest.fail), lines
+
+
+def data_of(page):
+    return json.loads(re.search(r"id=\"data\">(.*?)</script>", page, re.S)[1])
+
+
+@pytest.fixture(scope="session")
+def labels_csv(tmp_path_factory):
+    """Labelled texts of the tiny model's words, with a spurious label."""
+    path = tmp_path_factory.mktemp("labels") / "t_1.csv"
+    starts, ends = ("the cat sat", "a bird sang"), ("song", "loud")
+    rows = [f"{starts[i % 2]} {ends[i // 2 % 2]} {i},{i % 2},{i // 2 % 2}" for i in range(120)]
+    path.write_text("\n".join(["text,label,spurious", *rows]))
+    return path
+
+
+def test_the_command_line_measures_everything(
+    letters, story, labels_csv, tmp_path, capsys, monkeypatch
+):
+    """Each metric must have figures, those of the training, or a reason; the terminal must show
+    what matters, the JSON all, and MEANING what each figure is; runs must be compared."""
+    spies = [spied(monkeypatch, ev, name) for name in ("reconstruction", "pooled", "tried")]
+    run, columns = shutil.copytree(story, tmp_path / "out"), ["text", "label", "spurious"]
+    words = story, run, "--labelled", labels_csv, "--columns", *columns, "--seeds", 0, 1, "--html"
+    report, lines = report_of(capsys, *words, "--tokens", 20_000, "--out", tmp_path / "e.json")
+    assert [sae["folder"] for sae in report["saes"]] == ["out/cycle0", "out/cycle3"] * 2
+    assert report["arguments"]["seeds"] == "[0, 1]"
+    code, notes = metadata(story, 3)["checksum"], report["notes"]
+    assert lines[2:4] == notes
+    assert notes[0].endswith(f"the one that the SAEs were trained on (checksum {code})")
+    assert re.fullmatch("text: .* tokens in contexts of 32, held out by the run out", notes[1])
+    limit = 5 * metadata(story, 3)["median_norm"]
+    calls = [call for spy in spies for call, _ in spy if call[0] not in (ev.scr, ev.stability)]
+    assert [call[-1] for call in calls] == [limit] * 12  # three metrics of four SAEs
+    plain, last, *_ = (sae["metrics"] for sae in report["saes"])
+    labelled = [f"{metric} t_1.csv" for metric in ("probing", "tpp", "scr")]
+    assert [*plain] == [*last] == ["reconstruction", "absorption", *labelled, "stability"]
+    got, want = last["reconstruction"], result(story, 3)
+    assert got["ce_loss_score"] == pytest.approx(want["ce_recovered"], abs=1e-4)
+    assert [got["l0"], got["core_l0"]] == pytest.approx([want["l0"], want["core_l0"]], rel=1e-3)
+    assert got["fvu"] == pytest.approx(want["fvu"][-1], rel=1e-3)
+    assert (last["stability"]["core"], last["scr t_1.csv"]["pairs"]) == (want["core"], 1)
+    assert len(last["tpp t_1.csv"]["details"]) == 2
+    reason = last["absorption"]["cannot_run"]
+    assert "words of letters only" in reason
+    shown = [f"reconstruction: {name}" for name in got] + [f"absorption: cannot run: {reason}"]
+    kinds = "sae_top_1_test_accuracy", "tpp_threshold_20_total_metric", "scr_metric_threshold_20"
+    shown += [f"{metric}: {kind}" for metric, kind in zip(labelled, kinds, strict=True)]
+    shown += ["stability: core", "stability: kept"]
+    assert [line.split("  ")[0] for line in lines[5:-4]] == shown
+    (sets,) = report["agreement"].values()
+    assert sets["core"]["decoder"] == pytest.approx(1, abs=1e-5)
+    assert lines[-4].startswith(f"PW-MCC of {story} and {run}, core [")
+    assert ": 1.000, random directions 0." in lines[-4]
+    assert len(report["stability"]) == 2
+    assert str(labels_csv) not in (tmp_path / "e.html").read_text("utf-8")
+    report["saes"][0]["metrics"]["absorption"] = ev.absorption(*letters[:1], 0, *letters[1:3])
+    data = data_of(ev.page(report, {}))
+    found = {name.split(": ")[1].removesuffix("_std") for name in data["all"]} - {"cannot_run"}
+    found = {name if name in data["meaning"] else re.sub(r"\d+", "N", name) for name in found}
+    assert found == {*data["meaning"]}
+
+
+def test_nothing_is_overwritten(story, tmp_path, capsys):
+    """A report and a page must get new names, --all print all, one line name --labelled."""
+    (tmp_path / "e.html").write_text("precious")
+    words = story / "cycle3", "--only", "probing", "stability", "--tokens", 2000, "--all", "--html"
+    for name, free in ("e", "e-2"), ("e.json", "e-3"), ("v0.1", "v0.1"):
+        report, lines = report_of(capsys, *words, "--out", tmp_path / name)
+        assert lines[-1] == f"written: {tmp_path}/{free}.json"
+        assert any(line.startswith("stability: identity_overlap  ") for line in lines)
+        assert [line for line in lines if "--labelled FILE" in line] == report["notes"][2:]
+    assert (tmp_path / "e.html").read_text() == "precious"
+
+
+def test_the_page_holds_what_it_shows(story, tmp_path, capsys):
+    """One file without network must hold all figures, and each core latent with its peaks; what
+    looks like HTML must not become it."""
+    words = story, "--only", "stability", "--html", "--out", tmp_path / "e.json"
+    report, _ = report_of(capsys, *words)
+    page = (tmp_path / "e.html").read_text("utf-8")
+    assert not re.search(r'(src|href)="?http|@import|document.write', page)
+    data, core = data_of(page), saved_core(story, 3)
+    assert (data["all"], data["notes"]) == (ev.every_figure(report), report["notes"])
+    assert len(*data["stability"].values()) == 4
+    order = core["score"].argsort(descending=True)
+    assert data["core"]["index"] == core["index"][order].tolist()
+    assert len(data["contexts"]) == len(data["raises"]) == len(order)
+    for raised, contexts in zip(data["raises"], data["contexts"], strict=True):
+        peaks = [max(shades) for _, shades in contexts]
+        assert (len(raised), len(peaks)) == (8, 4)
+        assert peaks == sorted(peaks, reverse=True)
+        assert peaks[0] == pytest.approx(1) or not any(peaks)
+    assert len(data["scores"]) == len(data["density"]) == load_sae(story / "cycle3").widths[0]
+    report["saes"][0]["metrics"] = {"<u>": dict(cannot_run="because </script><b>")}
+    report["saes"][1]["metrics"] = {}
+    page = ev.page(report | dict(model="<b>", notes=["<i>&"]), dict(raises=[["</script>"]]))
+    assert [page.count(tag) - ev.PAGE.count(tag) for tag in ("</script>", "<b>", "<i>")] == [0] * 3
+    assert data_of(page)["all"] == {"<u>: cannot_run": ["because </script><b>", None]}
+
+
+def test_files_are_utf_8_and_whole_or_not_there(story, tmp_path, monkeypatch):
+    """Files must be UTF-8 anywhere, no page half there, and each SAE's figures there at once."""
+    write = Path.write_text
+
+    def full_disk(path, data, encoding=None):
+        assert encoding == "utf-8"
+        write(path, data[:99] if "html" in path.name else data, encoding)
+        if "html" in path.name:
+            raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    words = "--only", "stability", "--html", "--out", f"{tmp_path}/e.json"
+    with pytest.raises(OSError, match="no space"):
+        ev.main([f"{story}/cycle3", *words])
+    measured = iter([{}])
+    monkeypatch.setattr(ev, "measure", lambda *args: next(measured))  # The second fails.
+    with pytest.raises(StopIteration):
+        ev.main([str(story), *words])
+    for name in "e.json", "e-2.json":
+        assert len(json.loads((tmp_path / name).read_text("utf-8"))["saes"]) == 1
+    assert not (tmp_path / "e.html").exists()
+
+
+@pytest.mark.parametrize("kind", ["Bloom", "OPT", "Gemma2"])
+def test_raised_tokens_are_the_models_own(kind):
+    """The tokens must be those of the head, behind whatever norm or projection a model has."""
+    import transformers
+
+    shape = dict(vocab_size=50, hidden_size=16, num_attention_heads=2, num_hidden_layers=2)
+    shape |= dict(n_head=2, n_layer=2, head_dim=8, num_key_value_heads=1)
+    if kind == "OPT":
+        shape |= dict(word_embed_proj_dim=8, ffn_dim=16, do_layer_norm_before=False)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, p in model.named_parameters():
+        nn.init.normal_(p, 1.0 if "norm" in name else 0.0)  # a norm of ones could be left out
+    rows, seen, head = torch.randn(7, 16), [], model.get_output_embeddings()
+    head.register_forward_hook(lambda m, x, y: seen.append(x[0][:, 0]))
+    ids = ev.raised_tokens(model, rows)
+    assert ids.shape == (7, 8)
+    assert torch.equal(ids, F.linear(seen[0], head.weight).topk(8).indices)
+    norm = dict(Bloom="transformer.ln_f", Gemma2="model.norm").get(kind)
+    if norm:
+        assert torch.allclose(seen[0], model.get_submodule(norm)(rows), atol=1e-5)
+
+
+# ---- Models, texts and paths of eval.py ---------------------------------------------------------
+def foreign_folder(story, folder):
+    """A copy of cycle 0 with only SAELens's metadata."""
+    shutil.copytree(story / "cycle0", folder)
+    (folder / "core.safetensors").unlink()
+    cfg = json.loads((folder / "cfg.json").read_text())
+    names = "sae_lens_version", "model_name", "context_size", "hook_name", "prepend_bos"
+    cfg["metadata"] = {name: cfg["metadata"][name] for name in names}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    return folder
+
+
+def test_a_foreign_folder_is_measured_unchecked(story, lm, labels_csv, tmp_path, capsys):
+    """A folder of SAELens must be measured, at all positions, and say that nothing is known."""
+    foreign = foreign_folder(story, tmp_path / "hub" / "sae")
+    assert ev.open_sae(foreign).limit == math.inf
+    words = story / "cycle0", foreign, "--only", "reconstruction", "stability", "--html"
+    report, lines = report_of(capsys, *words, "--out", tmp_path / "e.json")
+    assert f"not checked: {foreign} has no checksum of it" in report["notes"][0]
+    ours, theirs = (sae["metrics"] for sae in report["saes"])
+    for name in "l0", "fvu_all_positions":
+        assert ours["reconstruction"][name] == pytest.approx(theirs["reconstruction"][name])
+    assert "no run folder" in theirs["stability"]["cannot_run"]
+    (line,) = [line for line in lines if line.startswith("stability: core ")]
+    assert line.split()[2:] == [str(ours["stability"]["core"]), "-"]
+    words = foreign, "--only", "reconstruction", "scr", "--html", "--labelled", labels_csv
+    report, _ = report_of(capsys, *words, "--text", lm / "text.txt", "--tokens", 2000)
+    assert report["notes"][1].endswith(f"{lm}/text.txt, not known to be held out")
+    metrics = report["saes"][0]["metrics"]
+    assert metrics["reconstruction"]["fvu"] > 0
+    assert "third column" in metrics["scr t_1.csv"]["cannot_run"]
+    assert "core" not in data_of((foreign / "eval.html").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("change", [replace_weights, swap_two_words])
+def test_another_model_behind_the_name_is_refused(own_lm, tmp_path, capsys, change):
+    """Its checksum must be refused, but measured with --model, on new ids, and be reported."""
+    run = tmp_path / "run"
+    dmsae.main(command(own_lm, run, cycles=0))
+    change(own_lm)
+    code = metadata(run, 0)["checksum"]
+    line = refusal(capsys, [str(run)], ev)
+    assert f"not {code} of {run}/cycle0; --model {own_lm} measures" in line
+    words = run, "--only", "reconstruction", "--model", own_lm, "--tokens", 2000
+    report, _ = report_of(capsys, *words)
+    assert re.match(f"model: [0-9a-f]{{8}} of {own_lm}, not {code} of ", report["notes"][0])
+    assert report["notes"][1].endswith("text.txt, not known to be held out")
+    replace_in(own_lm / "config.json", '"hidden_size": 32', '"hidden_size": 16')
+    replace_weights(own_lm)
+    assert "is not of width 16" in refusal(capsys, [*map(str, words)], ev)
+
+
+@pytest.mark.parametrize(
+    "file, change, says",
+    [
+        ("cycle0/cfg.json", lambda old: old.replace(b'"ctx": 32', b'"ctx": 16'), "32.*16"),
+        ("cycle0/cfg.json", lambda old: old.replace(b"131072", b"310"), "1705 tokens.*'310 tokens"),
+        ("tokens.bin", lambda old: old[4:] + old[:4], "1705 tokens.*'1705 tokens"),
+    ],
+)
+def test_runs_of_other_texts_are_refused(story, tmp_path, capsys, file, change, says):
+    """Other contexts, held-out parts or texts in one command must be refused, and be named."""
+    run = shutil.copytree(story, tmp_path / "run")
+    (run / file).write_bytes(change((run / file).read_bytes()))
+    line = refusal(capsys, [f"{story}/cycle0", f"{run}/cycle0"], ev)
+    assert re.search(f"so measure one by one.*{story}.*{says}", line)
+
+
+def test_a_given_text_is_cut_by_its_own_separator(story, lm, tmp_path, capsys, monkeypatch):
+    """It must be cut at the --separator given with it only; a line must name the run's own."""
+    docs = (lm / "text.txt").read_text().split("|||")
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(dict(doc=doc)) for doc in docs))
+    (tmp_path / "t.txt").write_text("\n".join(docs))
+    opened = spied(monkeypatch, ev, "open_contexts")
+    for text, flags, cut in (
+        (lm / "text.txt", [], False),
+        (lm / "text.txt", ["--separator", "|||"], True),
+        (tmp_path / "t.txt", ["--separator", r"\n"], True),
+        (tmp_path / "t.jsonl", ["--text-column", "doc"], True),
+    ):
+        words = story / "cycle0", "--only", "reconstruction", "--tokens", 2000, "--text", text
+        report, _ = report_of(capsys, *words, *flags, "--out", tmp_path / "e.json")
+        named = "not cut at the run's --separator '|||'" in report["notes"][1]
+        assert named == ("|||" not in flags)
+        ids, keep, _ = opened[-1][1]
+        assert ids.shape == (62, 32)
+        assert ((ids[:, 1:] == 2).sum() > 5) == cut
+    assert all(torch.equal(opened[1][1][0], same[0]) for _, same in opened[2:])
+
+
+def test_paths_may_be_given_from_anywhere(lm, labels_csv, tmp_path, capsys, monkeypatch):
+    """A run must be measured alike from any folder, by a link, with a slash or as a dot."""
+    work = tmp_path / "work"
+    shutil.copytree(lm, work / "lm")
+    monkeypatch.chdir(work)
+    dmsae.main(command(Path("lm"), "runs/a", cycles=0))
+    shutil.copy(labels_csv, work / "t.csv")
+    (tmp_path / "link").symlink_to(work / "runs" / "a" / "cycle0")
+    only = "--tokens", 2000, "--only", "reconstruction", "stability", "probing"
+    seen = []
+    for base, folder in ("runs", "a/"), ("runs/a", "."), ("runs/a/cycle0", "."), ("..", "link"):
+        monkeypatch.chdir(work / base)
+        labels = os.path.relpath(work / "t.csv")
+        report, _ = report_of(capsys, folder, *only, "--labelled", labels, "--out", "e")
+        seen.append((report["model"], report["notes"], report["saes"]))
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+    model, (_, text), (sae,) = seen[0]
+    assert (model, sae["folder"]) == (f"{work}/lm", "a/cycle0")
+    assert text.endswith("held out by the run a")
+    (work / "runs" / "a" / "tokens.bin").unlink()
+    for flags in (), ("--model", "work/lm", "--text", "work/lm/text.txt"):
+        report, _ = report_of(capsys, "work/runs/a", *only, *flags)
+        assert report["model"] == f"{work}/lm"
+        assert f"the start of {work}/lm/text.txt" in report["notes"][1]
+
+
+BAD_FILES = {"empty.csv": "text,label\n", "one.csv": "text,label\n" + "x,1\n" * 30}
+BAD_FILES |= {"cut.jsonl": '{"text": "a", "lab', "lists.jsonl": '["a b"]', "md.md": "# text\n"}
+REFUSED = """
+required <-
+is no SAE folder <- /nowhere
+invalid choice <- RUN --only speed
+invalid int <- RUN --tokens x; RUN --seeds x
+--tokens: 1 or above <- RUN --tokens 0
+--seeds: 0 or above <- RUN --seeds -1
+--columns: two or three <- RUN --columns text
+need --text <- RUN --separator x; RUN --text-column x
+No such file <- RUN --labelled /nowhere.csv
+has only no rows <- RUN --labelled empty.csv
+two are needed <- RUN --labelled one.csv; RUN --labelled CSV --columns label text
+must be a .csv or .jsonl <- RUN --labelled lists.jsonl
+must be a .csv or .jsonl <- RUN --labelled md.md; RUN --labelled cut.jsonl
+has only ['text', 'label', 'spurious'] <- RUN --labelled CSV --columns words label
+label sex <- RUN --labelled CSV --columns text label sex
+--out /nowhere/eval.json <- RUN --out /nowhere/eval.json
+existing file <- RUN --text /nowhere.txt
+--device <- RUN --device cuda:9
+--model /nowhere: cannot be used <- RUN --model /nowhere
+blocks.N.hook_resid_post <- cycle0/cfg.json:resid_post:mlp_out; cycle3/cfg.json:resid_post:resid_pre
+--layer 9 <- cycle3/cfg.json:blocks.0:blocks.9
+cycle0/cfg.json: is missing or damaged <- cycle0/cfg.json
+cycle1/cfg.json: is missing or damaged <- cycle1/cfg.json
+'result' <- cycle1/cfg.json:result:x
+'d_in' <- cycle0/cfg.json:d_in:x
+'hook_name' <- cycle0/cfg.json:hook_name:x
+cycle1/core.safetensors: is damaged <- cycle1/core.safetensors
+has less than three contexts <- tokens.bin
+"""
+REFUSED = [line.split(" <-") for line in REFUSED.strip().splitlines()]
+
+
+@pytest.mark.parametrize("says, words", [(a, w) for a, b in REFUSED for w in b.split(";")])
+def test_bad_input_of_eval_is_one_line(says, words, story, labels_csv, tmp_path, capsys):
+    """It must end with one line that says what is wrong, exit code 2, and nothing written. A file
+    of the run stands for a run where it is empty, or where a name in it is another."""
+
+    def real(word):
+        file, *change = word.split(":")
+        if word in BAD_FILES:
+            (tmp_path / word).write_text(BAD_FILES[word])
+            return tmp_path / word
+        if re.match("cycle|tokens", word):
+            run = shutil.copytree(story, tmp_path / "run")
+            text = (run / file).read_text().replace(*change) if change else ""
+            (run / file).write_text(text)
+            return run
+        return dict(RUN=story, CSV=labels_csv).get(word, word)
+
+    before = sorted(story.rglob("*"))
+    assert says in refusal(capsys, [str(real(word)) for word in words.split()], ev)
+    assert sorted(story.rglob("*")) == before
+
+
 # ---- README: its commands parse, its pieces paste, its claims hold ------------------------------
 README = (HERE / "README.md").read_text()
 PASTE_HEAD = "import torch\nimport torch.nn.functional as F\nfrom torch import nn"
@@ -1953,8 +2929,6 @@ def test_the_language_model_pieces_paste(story):
 def test_readme_commands_parse(tmp_path):
     """Every dmsae.py and eval.py command must parse that a shell makes of README.md's blocks (with
     a `python` that only writes down what it is given); a run's --core must be another's."""
-    import eval as ev
-
     plain = "".join(readme_blocks("")).splitlines()
     lines = [line for line in plain if line.startswith(("python ", "pip "))]
     stub = f"python() {{ printf '%s\\0' \"$@\" END >> {tmp_path}/log; echo 0.1 0.2 0.3 0.4; }}"
