@@ -513,7 +513,8 @@ def fast_training_loss(sae, x, k, dead):
         W_enc, b_enc, W_dec = (p.index_select(0, dead) for p in (sae.W_enc, sae.b_enc, sae.W_dec))
         pre_dead = F.linear(x - sae.b_dec, W_enc, b_enc)  # (B, d)
         loss = loss + dead_latent_loss(residual, pre_dead, W_dec) / 32
-    return loss, torch.bincount(col, minlength=len(sae.W_enc)), smallest_kept
+    fired = torch.zeros_like(sae.prefix).index_add_(0, col, torch.ones_like(col))  # (F,)
+    return loss, fired, smallest_kept
 
 
 # ==== Part 3: plumbing =======================================================
