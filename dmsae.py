@@ -10,7 +10,7 @@
     python dmsae.py --cycles 5 --k 64           # Gemma-2-2B, layer 12, 65,536 latents, one GPU
 
 Part 1 is the method, in the plainest code that says it. Part 2 is the loss of Part 1 again, with
-the same results for a fifth of the work. Part 3 is plumbing: the language model, text, files.
+the same results in a fifth of the time. Part 3 is plumbing: the language model, text, files.
 
 Shapes: B tokens in a batch, T tokens in a context, R contexts, D width of the residual stream,
 F latents, C of them in the core, M in the narrowest prefix with the core, d dead, G prefixes,
@@ -44,8 +44,8 @@ from tqdm import tqdm
 # ==== Part 1: the method =====================================================
 # ---- 1.1 Settings -----------------------------------------------------------
 DEMO = dict(layer=1, ctx=128, d_sae=2048, k=16, batch=512, lr=6e-3, cycles=3)
-DEMO |= dict(tokens=400_000, attribution_tokens=60_000)  # the defaults under --demo
-BLOCK = 262_144  # tokens that are harvested and shuffled together
+DEMO |= dict(tokens=400_000, attribution_tokens=60_000)  # the defaults of the flags under --demo
+BLOCK = 262_144  # tokens that are harvested and shuffled together: enough to mix many documents
 LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # of the package `datasets`
 # What SAELens must know of an SAE, to compute what `MatryoshkaSAE.encode` does.
 SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
@@ -159,7 +159,7 @@ def shared_budget(n_tokens, k, n_core_active):
 
 
 def smallest_of_largest(values, n):
-    """The smallest positive one of the n largest values (m,): (); 0 where none is positive."""
+    """Of the n largest values (m,) the smallest positive one: (); 0 where none is positive."""
     if len(values) == 0:
         return values.new_zeros(())
     largest = values.topk(min(n, len(values)), sorted=False).values
@@ -263,7 +263,7 @@ def train(run, core, training, journal):
         if step % 10 == 0:
             # nonzero() makes a GPU wait, so we look for dead latents every 10 steps only.
             dead = (silent >= dead_after).nonzero()[:, 0]
-        # TF32 for the SAE alone: some language models compute angles that it would ruin.
+        # TF32 for the SAE alone: it makes the rotary angles of some language models inexact.
         torch.set_float32_matmul_precision("high")
         loss, fired, smallest_kept = fast_training_loss(sae, x, cfg.k, dead)
         loss.backward()
@@ -316,7 +316,7 @@ def select_core(scores, coverage):
     total = so_far[-1]
     if not 0 < total < math.inf:
         raise ValueError(f"no core can be selected: the scores sum to {total}; try more --tokens")
-    # + 1: the latent that crosses the line belongs to the core.
+    # + 1: the latent that reaches the coverage belongs to the core.
     return order[: int((so_far < coverage * total).sum()) + 1]
 
 
@@ -377,12 +377,12 @@ def new_sae(cfg, core, x, scale, training):
     sae = MatryoshkaSAE(x.shape[1], cfg.widths(n_core), n_core, random).to(x.device)
     sae.b_dec.copy_(x.mean(0))
     sae.W_enc[:n_core] = core.W_enc
-    sae.W_dec[:n_core] = F.normalize(core.W_enc)  # our choice
+    sae.W_dec[:n_core] = F.normalize(core.W_enc)  # Our choice: the best guess that there is.
     if cfg.core_sparsity == "gated":
         # The same function of x as at birth, around the new b_dec.
         sae.b_enc[:n_core] = core.bias.to(x) * scale + sae.W_enc[:n_core] @ sae.b_dec
         sae.threshold[:n_core] = core.threshold * scale
-    # A first threshold: without it, half of B x F entries would be candidates in the first step.
+    # Without a first threshold, half of B x F entries would be candidates in `sparse_topk`.
     others = sae.pre_activations(x[:64])[:, n_core:]
     sae.threshold[n_core:] = 0.9 * smallest_of_largest(others.flatten(), len(others) * cfg.k)
     return sae
@@ -699,7 +699,7 @@ def open_text(cfg, model, tokenizer, folder):
     n_eval = math.ceil(cfg.eval_tokens / width)
     n_held_out = n_eval + math.ceil(cfg.attribution_tokens / width)
     if not path.exists():
-        # 2 % more than is trained on, for BOS and the ends of blocks.
+        # 2 % more than is trained on, for BOS and other positions that are left alone.
         limit = int(1.02 * cfg.tokens) + n_held_out * width
         docs = iter(tqdm(documents(cfg), "tokenise", disable=None))
         tokenize(docs, tokenizer, bos, limit, path, len(model.get_input_embeddings().weight))
@@ -802,7 +802,7 @@ class Run:
             acts = self.block(number, n_contexts)
             acts = acts[usual(acts, self.norm_limit, f"training block {number}")]
             order = torch.randperm(len(acts), generator=generator(cfg.seed, training, number))
-            # Where tokens are left alone, some others are used twice.
+            # Where they are too few (some are left alone, the text is short), all are used again.
             order = order.repeat(1 + math.ceil(size / len(acts)))[:size].to(acts.device)
             for rows in order.split(cfg.batch)[step % n_batches :]:
                 yield acts[rows].float() * self.scale
