@@ -1036,7 +1036,8 @@ def check(cfg):
     if cfg.k >= cfg.d_sae:
         raise ValueError(f"--k {cfg.k}: must be below --d-sae {cfg.d_sae}, for example 1")
     if cfg.tokens < cfg.batch:
-        raise ValueError(f"--tokens {cfg.tokens}: must be at least --batch {cfg.batch}")
+        must = f"must be at least --batch {cfg.batch}, for example {1000 * cfg.batch}"
+        raise ValueError(f"--tokens {cfg.tokens}: {must}")
     cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # Is there room for the core?
     usable = Path(cfg.text or "").suffix in LOADERS and Path(cfg.text).is_file()
     if cfg.text and cfg.text != f"{cfg.out}/model/text.jsonl" and not usable:
