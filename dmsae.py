@@ -36,6 +36,7 @@ from typing import Annotated, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -48,7 +49,12 @@ DEMO |= dict(tokens=400_000, attribution_tokens=60_000)  # the defaults of the f
 BLOCK = 262_144  # tokens that are harvested and shuffled together: enough to mix many documents
 LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # of the package `datasets`
 # What SAELens must know of an SAE, to compute what `MatryoshkaSAE.encode` does.
-SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
+SAELENS = {
+    "architecture": "jumprelu",
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+}
 
 
 @dataclass
@@ -58,7 +64,7 @@ class Config:
     model: Annotated[str, "hub name or folder of an AutoModelForCausalLM"] = "google/gemma-2-2b"
     layer: Annotated[int, "decoder layer that is read and replaced, from 0", 0, 999] = 12
     dataset: Annotated[str, "hub name, or name:configuration"] = "JeanKaddour/minipile"
-    text: Annotated[str, "a .txt, .jsonl or .parquet file, in place of --dataset"] = None
+    text: Annotated[str, "a .txt, .jsonl or .parquet file, or a folder of such"] = None
     text_column: Annotated[str, "the column that holds the text"] = "text"
     separator: Annotated[str, "splits each text into documents; \\n is a new line"] = None
     ctx: Annotated[int, "context length in tokens, BOS included", 4, 9_999_999] = 1024
@@ -315,7 +321,7 @@ def select_core(scores, coverage):
     so_far = value.cumsum(0)  # It rises to the total.
     total = so_far[-1]
     if not 0 < total < math.inf:
-        raise ValueError(f"no core can be selected: the scores sum to {total}; try more --tokens")
+        raise ValueError(f"no core can be selected: the attribution scores sum to {total}")
     # + 1: the latent that reaches the coverage belongs to the core.
     return order[: int((so_far < coverage * total).sum()) + 1]
 
@@ -409,6 +415,7 @@ def distil(run):
     with its SAE and the core selected from it; where that is there, it is not trained again."""
     cfg = run.cfg
     core = run.first_core
+    results = []
     for cycle in range(cfg.cycles + 1):
         folder = Path(cfg.out) / f"cycle{cycle}"
         if not folder.exists():
@@ -430,8 +437,9 @@ def distil(run):
             journal.log(result)
             save_cycle(run, folder, training, sae, core, result)
         Path(cfg.out, f"checkpoint{cycle}.pt").unlink(missing_ok=True)
-        core, _ = load_core(folder / "core.safetensors")
-    print_table(cfg, core)
+        core, result = load_cycle(folder)
+        results.append(result)
+    print_table(cfg, core, results)
     print(f"SAEs and cores are in {cfg.out}/cycle*; next: python eval.py {cfg.out}")
 
 
@@ -523,9 +531,10 @@ def load_model(cfg):
     """The frozen language model and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    advice = "if it was not found, try --demo, or accept its licence and run `hf auth login`"
-    with refusing(f"--model {cfg.model}: cannot be used; {advice}"):
+    advice = "try --demo, or accept its licence on the hub and run `hf auth login`"
+    with refusing(f"--model {cfg.model}: cannot be used; if it was not found, {advice}"):
         lm = AutoConfig.from_pretrained(cfg.model).get_text_config()
+    with refusing(f"--model {cfg.model}: cannot be used"):
         last = lm.num_hidden_layers - 1
         longest = getattr(lm, "max_position_embeddings", cfg.ctx)
         if cfg.layer > last or cfg.ctx > longest:
@@ -542,7 +551,19 @@ def load_model(cfg):
         model = model.to(cfg.device).eval().requires_grad_(False)
         ids = torch.tensor([tokenizer("What is useful again and again stays.")["input_ids"]])
         mean_loss(model, cfg.layer, ids, ids >= 0, nn.Identity())  # It is refused unless finite.
+        check_layer(model, cfg.layer, ids.to(cfg.device))
         return model, tokenizer
+
+
+@torch.no_grad()
+def check_layer(model, layer, ids):
+    """Raise ValueError unless what is read at `layer` is what transformers calls its output."""
+    states = model(ids, use_cache=False, output_hidden_states=True).hidden_states or ()
+    outputs = states[1:-1]  # States begin with the embedding. The last one is normalised.
+    if layer >= len(outputs):
+        print(f"not checked: whether the output of layer {layer} is what transformers gives")
+    elif not torch.allclose(outputs[layer], residual_stream(model, layer, ids), rtol=1e-2):
+        raise ValueError(f"--layer {layer}: another module than the decoder layer is read")
 
 
 def checksum(model, tokenizer):
@@ -635,9 +656,11 @@ def spliced_loss(model, layer, ids, keep, replace):
         return h.masked_scatter(keep[..., None], x_hat.to(h.dtype))
 
     with spliced(model, layer, edit):
-        logits = model(ids, use_cache=False).logits[:, :-1][keep[:, :-1]]  # (tokens, vocabulary)
+        logits = model(ids, use_cache=False).logits.flatten(0, 1)  # (R * T, vocabulary)
+    # cross_entropy ignores -100. Taking out the kept logits would copy a gigabyte.
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100).masked_fill(~keep, -100).flatten()
     # In float32, the logits of 1024 tokens of Gemma take 1 GiB. So they are converted in parts.
-    parts = zip(logits.split(1024), ids[:, 1:][keep[:, :-1]].split(1024), strict=True)
+    parts = zip(logits.split(1024), targets.split(1024), strict=True)
     return sum(F.cross_entropy(some.to(dtype), y, reduction="sum") for some, y in parts)
 
 
@@ -652,6 +675,12 @@ def mean_loss(model, layer, ids, keep, replace):
 
 
 # ---- 3.2 Text ---------------------------------------------------------------
+def text_files(text):
+    """The files that --text names: itself, or all in the folder that have a suffix of LOADERS."""
+    files = sorted(Path(text).rglob("*")) if Path(text).is_dir() else [Path(text)]
+    return [file for file in files if file.suffix.lower() in LOADERS and file.is_file()]
+
+
 def documents(cfg):
     """Yield the documents of --text or --dataset."""
     from datasets import load_dataset
@@ -659,16 +688,20 @@ def documents(cfg):
     source = cfg.dataset.split(":", 1)  # name, configuration
     options = dict(split="train", streaming=True)
     if cfg.text:
-        source = [LOADERS[Path(cfg.text).suffix]]
-        options["data_files"] = glob.escape(cfg.text)  # Otherwise t[1].txt is a pattern.
+        files = text_files(cfg.text)
+        source = [LOADERS[files[0].suffix.lower()]]
+        options["data_files"] = [glob.escape(str(f)) for f in files]  # t[1].txt is no pattern.
     if source == ["text"]:
         options["sample_by"] = "document"  # The default, a line, loses the line breaks.
     # A shell hands \n over as two letters. The default, a zero byte, splits no text.
     separator = (cfg.separator or "\0").replace("\\n", "\n")
-    with refusing(f"{cfg.text or cfg.dataset}: gave no text from --text-column {cfg.text_column}"):
+    with refusing(f"{cfg.text or cfg.dataset}: cannot be read"):
         for row in load_dataset(*source, **options):
-            # An empty text may be None.
-            yield from str.split(row[cfg.text_column] or "", separator)
+            text = row.get(cfg.text_column, 0)
+            if not isinstance(text, str | None):  # An empty text may be None.
+                must = f"must be a column of text, of {', '.join(row)}"
+                raise ValueError(f"--text-column {cfg.text_column}: {must}")
+            yield from (text or "").split(separator)
 
 
 def tokenize(docs, tokenizer, bos, limit, path, n_embeddings):
@@ -708,10 +741,10 @@ def open_text(cfg, model, tokenizer, folder):
         path.unlink()
         raise ValueError(f"{cfg.text or cfg.dataset}: has less than three contexts of {cfg.ctx}")
     rows = np.memmap(path, np.int32, "r", shape=(n, width))
-    print(f"text: {rows.size} tokens in {(rows == bos).sum()} documents")
     if n // 10 < n_held_out:  # Of a short text a tenth is held out, half of it for evaluation.
         n_held_out = max(2, n // 10)
         n_eval = min(n_eval, n_held_out // 2)
+    print(f"text: {rows.size} tokens in {(rows == bos).sum()} documents")
     return np.split(rows, [n_eval, n_held_out])
 
 
@@ -721,8 +754,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg = cfg
-        for folder in (cfg.out, cfg.cache or cfg.out):
-            Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(cfg.cache or cfg.out).mkdir(parents=True, exist_ok=True)
         if cfg.model == f"{cfg.out}/model" and not Path(cfg.model).exists():
             build_demo(cfg.model)
         print(f"dmsae | {cfg.model} layer {cfg.layer} | {cfg.device} | {cfg.out}")
@@ -738,7 +770,13 @@ class Run:
                 raise ValueError(f"--core {cfg.core}: is of another model, tokenizer or layer")
         known = known_settings(cfg, self.checksum)
         evaluation, attribution, self.rows = open_text(cfg, self.model, tokenizer, cfg.out)
+        passes = cfg.tokens / self.rows.size
+        print(
+            f"to evaluate: {evaluation.size} tokens; a training reads its part {passes:.2f} times"
+        )
         measured = known.get("measured") or self.measure_scale()
+        if measured.setdefault("rows", len(self.rows)) != len(self.rows):
+            raise ValueError(f"{cfg.out}/tokens.bin: is not what it was; move it away")
         self.scale = measured["scale"]
         self.median_norm = measured["median_norm"]
         self.norm_limit = cfg.max_norm * self.median_norm or math.inf
@@ -752,6 +790,8 @@ class Run:
             write_json(known | dict(measured=measured), f"{cfg.out}/config.json")
         self.ce_original = measured["ce_original"]  # loss of the model, in nats per token
         self.ce_zero = measured["ce_zero"]  # the same with the layer's output zeroed, at BOS too
+        if self.ce_zero <= self.ce_original:
+            print(f"warning: without layer {cfg.layer} the loss is lower; ignore `ce recovered`")
 
     def measure_scale(self):
         """Of 65,536 tokens (ours) the median norm; and, without those above the limit, the scale,
@@ -819,7 +859,10 @@ def known_settings(cfg, code):
         del settings[name]  # The checksum stands for the model. The others change no training.
     for name in ("text", "core"):
         if settings[name]:  # Files count by their content, wherever they lie.
-            settings[name] = f"{zlib.crc32(np.memmap(settings[name], np.uint8)):08x}"
+            crc = 0
+            for file in text_files(cfg.text) if name == "text" else [cfg.core]:
+                crc = zlib.crc32(np.memmap(file, np.uint8), crc)
+            settings[name] = f"{crc:08x}"
     old = read_json(path) if path.exists() else {}
     differ = [f"{k} {old.get(k)} there, {v} here" for k, v in settings.items() if old.get(k) != v]
     if not differ:
@@ -883,13 +926,12 @@ class Journal:
             file.write(json.dumps(row) + "\n")
 
 
-def print_table(cfg, core):
+def print_table(cfg, core, results):
     """Print a row for each cycle, and how often the latents of the last core were selected."""
     print("cycle     core   kept    new dropped      l0 core l0  ce recovered    dead  fvu")
     row = "{cycle:<8d}{core:6d} {kept:6d} {new:6d} {dropped:7d} {l0:7.1f} {core_l0:7.1f}"
     row += "{ce_recovered:14.4f} {dead:7.1%} "
-    for cycle in range(cfg.cycles + 1):
-        result = read_json(f"{cfg.out}/cycle{cycle}/cfg.json")["metadata"]["result"]
+    for result in results:
         print(row.format(**result), *(f"{v:.4f}" for v in result["fvu"]))
     if result["core_l0"] > cfg.k / 2:
         print(f"warning: the core alone has L0 {result['core_l0']:.1f}, above half of k {cfg.k}")
@@ -915,6 +957,14 @@ def written_whole(path, mark="part"):
     part.replace(path)
 
 
+def locked(folder):
+    """A lock (for `with`) that keeps other runs out of `folder`. It does not outlive a program,
+    however that ends. Raises ValueError where another run has it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with refusing(f"{folder}: is in use by another run; try another --out"):
+        return FileLock(f"{folder}/lock").acquire(timeout=0)
+
+
 def read_json(path):
     """The content of a JSON file, a dict."""
     with refusing(f"{path}: is missing or damaged; move its folder away"):
@@ -936,13 +986,21 @@ def save_cycle(run, folder, training, sae, core, result):
     metadata |= dict(widths=sae.widths, n_core=sae.n_core, result=result)
     metadata |= dict(max_norm=cfg.max_norm, median_norm=run.median_norm)
     about = dict(SAELENS, d_in=len(sae.b_dec), d_sae=cfg.d_sae, dtype="float32", device="cpu")
-    about |= dict(reshape_activations="none", metadata=metadata)
+    about |= dict(metadata=metadata)
     weights = dict(sae.state_dict(), W_enc=sae.W_enc.detach().T.contiguous())  # There it is (D, F).
     with written_whole(folder) as part:
         part.mkdir(exist_ok=True)
         save_file(weights, part / "sae_weights.safetensors")
         save_file(vars(core), part / "core.safetensors", {"dmsae": json.dumps(origin)})
         write_json(about, part / "cfg.json")
+
+
+def load_cycle(folder):
+    """The core that a cycle left in `folder`, and its figures. Raises ValueError for damage."""
+    with refusing(f"{folder}: is damaged; move it away"):
+        load_sae(folder)
+        core, _ = load_core(folder / "core.safetensors")
+        return core, read_json(folder / "cfg.json")["metadata"]["result"]
 
 
 def load_core(path):
@@ -956,8 +1014,10 @@ def load_sae(folder, device="cpu"):
     """The SAE in a folder of SAELens' `jumprelu` layout, ours or another's."""
     with refusing(f"{folder}: is no SAE folder of cfg.json and sae_weights.safetensors"):
         cfg = read_json(f"{folder}/cfg.json")
-        if not SAELENS.items() <= (SAELENS | cfg).items():
-            raise ValueError(f"{[cfg.get(key) for key in SAELENS]}, only {SAELENS} is read")
+        neutral = {"d_in", "d_sae", "dtype", "device", "metadata"}
+        other = {k: v for k, v in cfg.items() if {k} - neutral and (v or None) != SAELENS.get(k)}
+        if other:
+            raise ValueError(f"its {other} would change the result: only {SAELENS} is read")
         ours = dict(widths=[cfg["d_sae"]], n_core=0) | (cfg.get("metadata") or {})
         sae = MatryoshkaSAE(cfg["d_in"], ours["widths"], ours["n_core"])
         weights = load_file(f"{folder}/sae_weights.safetensors")
@@ -1039,9 +1099,12 @@ def check(cfg):
         must = f"must be at least --batch {cfg.batch}, for example {1000 * cfg.batch}"
         raise ValueError(f"--tokens {cfg.tokens}: {must}")
     cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # Is there room for the core?
-    usable = Path(cfg.text or "").suffix in LOADERS and Path(cfg.text).is_file()
-    if cfg.text and cfg.text != f"{cfg.out}/model/text.jsonl" and not usable:
-        raise ValueError(f"--text {cfg.text}: must be an existing file in {', '.join(LOADERS)}")
+    if cfg.text and cfg.text != f"{cfg.out}/model/text.jsonl":
+        if len({file.suffix.lower() for file in text_files(cfg.text)}) != 1:
+            must = f"must be an existing file, or a folder of such, in one of {', '.join(LOADERS)}"
+            raise ValueError(f"--text {cfg.text}: {must}")
+    elif not cfg.text and (Path(cfg.dataset).exists() or Path(cfg.dataset.split(":")[0]).exists()):
+        raise ValueError(f"--dataset {cfg.dataset}: is a folder here; name it by --text")
     with refusing(f"--device {cfg.device}: must be cpu, cuda or cuda:N"):
         torch.empty(0, device=cfg.device)
 
@@ -1062,8 +1125,11 @@ def main(argv=None):
     with setting_up("dmsae"):
         cfg = parse(argv)
         check(cfg)
-        run = Run(cfg)
-    distil(run)
+        lock = locked(cfg.out)
+    with lock:
+        with setting_up("dmsae"):
+            run = Run(cfg)
+        distil(run)
 
 
 if __name__ == "__main__":

@@ -660,7 +660,7 @@ def change_weight(lm, change):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda lm: (lm / "config.json").unlink(), "--model {}: cannot be used"),
+        (lambda lm: (lm / "config.json").unlink(), "--model {}: cannot be used; if it was not"),
         (lambda lm: (lm / "model.safetensors").unlink(), "--model {}: cannot be used"),
         (lambda lm: (lm / "tokenizer.json").unlink(), "--model {}: cannot be used"),
         (lambda lm: replace_in(lm / "tokenizer_config.json", "_token", "_"), "--model: its tokeni"),
@@ -1367,7 +1367,7 @@ def test_frozen_rows_are_bitwise_unchanged_and_everything_is_on_disk(story):
         assert r["cycle"] == cycle
         assert len(r["fvu"]) == 5
         assert r["tokens"] == 12_800
-    names = "config.json tokens.bin log.jsonl cycle0 cycle1 cycle2 cycle3".split()
+    names = "config.json tokens.bin log.jsonl lock cycle0 cycle1 cycle2 cycle3".split()
     assert {path.name for path in story.iterdir()} == {*names}
 
 
@@ -1449,7 +1449,7 @@ def test_a_plain_sae_of_saelens_loads(story, tmp_path, metadata):
             lambda path: replace_in(path, '_to_input": true', '_to_input": false'),
             "False",
         ),
-        ("cfg.json", lambda path: replace_in(path, "d_in", "d_inn"), "KeyError.*d_in"),
+        ("cfg.json", lambda path: replace_in(path, "d_in", "d_inn"), "d_inn"),
         ("sae_weights.safetensors", lambda path: path.unlink(), "sae_weights"),
         ("sae_weights.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9]), ""),
         # Weights that would not be used:
@@ -1579,7 +1579,7 @@ def test_an_emptied_file_of_a_run_is_named(lm, story, tmp_path, capsys, content)
     assert "less than three contexts" in refusal(capsys, words)
     dmsae.main(words)
     (out / "cycle0" / "cfg.json").write_text(content)
-    with pytest.raises(ValueError, match=f"{out}/cycle0/cfg.json: is missing or damaged"):
+    with pytest.raises(ValueError, match=f"{out}/cycle0: is damaged; move it away"):
         dmsae.main(words)
     (out / "config.json").write_text(content)
     assert f"{out}/config.json: is missing or damaged" in refusal(capsys, words)
@@ -1626,7 +1626,7 @@ def test_a_core_of_another_model_or_layer_is_refused(own_lm, story, tmp_path, ca
         replace_weights(own_lm)
     words = command(own_lm, tmp_path / "out", core=path, layer=int(what == "layer"))
     assert f"--core {path}: is of another model, tokenizer or layer" in refusal(capsys, words)
-    assert not [*(tmp_path / "out").glob("*")]
+    assert not {*(tmp_path / "out").glob("*")} - {tmp_path / "out/lock"}
 
 
 # ---- The cache ----------------------------------------------------------------------------------
@@ -1699,6 +1699,7 @@ def test_a_constant_added_to_the_activations_changes_no_fvu(lm, story, tmp_path,
         return real(model, layer, lambda h: edit(h + shift) - shift)
 
     monkeypatch.setattr(dmsae, "spliced", shifted)
+    monkeypatch.setattr(dmsae, "check_layer", lambda *args: None)
     dmsae.main(command(lm, tmp_path, cycles=0))
     as_it_is, there = result(story, 0), result(tmp_path, 0)
     assert there["fvu"] == pytest.approx(as_it_is["fvu"], rel=0.01)
@@ -1757,7 +1758,7 @@ def test_bad_input_is_one_line_and_exit_2(lm, tmp_path, capsys, changes, words):
         argv[at : at + 1] = argv[at].split()
     line = refusal(capsys, argv)
     assert all(w in line for w in words), line
-    assert not [*(tmp_path / "out").glob("*")]
+    assert not {*(tmp_path / "out").glob("*")} - {tmp_path / "out/lock"}
 
 
 def test_the_demo_refuses_a_text_before_it_trains(tmp_path, capsys, monkeypatch):
@@ -1775,7 +1776,11 @@ def test_the_demo_refuses_a_text_before_it_trains(tmp_path, capsys, monkeypatch)
         ("t.txt", "", "three contexts of 32"),
         ("t.txt", "the cat sat on the mat", "three contexts of 32"),
         ("t.txt", "<eos>" * 30_000, "variance 0 at layer"),
-        ("t.jsonl", ["the cat sat on the mat"] * 900 + [7], "no text from --text-column text"),
+        (
+            "t.jsonl",
+            ["the cat sat on the mat"] * 900 + [7],
+            "--text-column text: must be a column of text, of text",
+        ),
     ],
 )
 def test_a_text_that_is_none_is_refused(lm, tmp_path, capsys, name, content, words):
@@ -1806,7 +1811,7 @@ def test_a_core_that_does_not_fit_is_refused(lm, tmp_path, capsys, sae, n, words
     path = tmp_path / "c.safetensors"
     save_file(vars(core_of(sae, n)), path, {"dmsae": json.dumps(dict(training=0))})
     assert words in refusal(capsys, command(lm, tmp_path / "out", core=path))
-    assert not [*(tmp_path / "out").glob("*")]
+    assert not {*(tmp_path / "out").glob("*")} - {tmp_path / "out/lock"}
 
 
 # ---- Files and command line ---------------------------------------------------------------------
@@ -2742,7 +2747,7 @@ blocks.N.hook_resid_post <- cycle0/cfg.json:resid_post:mlp_out; cycle3/cfg.json:
 cycle0/cfg.json: is missing or damaged <- cycle0/cfg.json
 cycle1/cfg.json: is missing or damaged <- cycle1/cfg.json
 'result' <- cycle1/cfg.json:result:x
-'d_in' <- cycle0/cfg.json:d_in:x
+'x' <- cycle0/cfg.json:d_in:x
 'hook_name' <- cycle0/cfg.json:hook_name:x
 cycle1/core.safetensors: is damaged <- cycle1/core.safetensors
 has less than three contexts <- tokens.bin
