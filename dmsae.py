@@ -1068,18 +1068,29 @@ def build_demo(folder, steps=1000):
 
 
 # ---- 3.7 The command line ---------------------------------------------------
+# The first field of each group of flags, and the group's name in --help.
+GROUPS = dict(model="model", dataset="text", d_sae="SAE", tokens="training", cycles="core")
+GROUPS |= dict(seed="run")
+
+
 def parse(argv=None):
     """Command line -> Config. What cannot be read ends the program with one line and code 2."""
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("dmsae.py", formatter_class=defaults, allow_abbrev=False)
+    about = dict(usage="dmsae.py [flags]", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("dmsae.py", allow_abbrev=False, **about)
     parser.error = lambda why: parser.exit(2, f"dmsae: {why}; --help shows all flags\n")
     options = {bool: dict(action="store_true"), tuple: dict(type=float, nargs="*")}
     for field in fields(Config):
         kind, words, *_ = get_args(field.type)
         choices = get_args(kind)  # of a Literal
         how = dict(choices=choices) if choices else options.get(kind, dict(type=kind))
-        flags = sorted({f"--{field.name}", f"--{field.name.replace('_', '-')}"})
-        parser.add_argument(*flags, default=field.default, help=words, **how)
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        if field.default is None:
+            how["default"] = argparse.SUPPRESS  # Then --help says nothing of a default.
+        # --d_sae works as --d-sae does, but is not shown.
+        for flag in sorted({f"--{field.name}", f"--{field.name.replace('_', '-')}"}):
+            group.add_argument(flag, **dict(default=field.default, help=words) | how)
+            words = argparse.SUPPRESS
     if "--demo" in (argv or sys.argv):
         parser.set_defaults(**DEMO)
     return Config(**vars(parser.parse_args(argv)))
