@@ -49,12 +49,7 @@ DEMO |= dict(tokens=400_000, attribution_tokens=60_000)  # the defaults of the f
 BLOCK = 262_144  # tokens that are harvested and shuffled together: enough to mix many documents
 LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # of the package `datasets`
 # What SAELens must know of an SAE, to compute what `MatryoshkaSAE.encode` does.
-SAELENS = {
-    "architecture": "jumprelu",
-    "apply_b_dec_to_input": True,
-    "normalize_activations": "none",
-    "reshape_activations": "none",
-}
+SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
 
 
 @dataclass
@@ -986,7 +981,7 @@ def save_cycle(run, folder, training, sae, core, result):
     metadata |= dict(widths=sae.widths, n_core=sae.n_core, result=result)
     metadata |= dict(max_norm=cfg.max_norm, median_norm=run.median_norm)
     about = dict(SAELENS, d_in=len(sae.b_dec), d_sae=cfg.d_sae, dtype="float32", device="cpu")
-    about |= dict(metadata=metadata)
+    about |= dict(reshape_activations="none", metadata=metadata)
     weights = dict(sae.state_dict(), W_enc=sae.W_enc.detach().T.contiguous())  # There it is (D, F).
     with written_whole(folder) as part:
         part.mkdir(exist_ok=True)
@@ -1015,7 +1010,8 @@ def load_sae(folder, device="cpu"):
     with refusing(f"{folder}: is no SAE folder of cfg.json and sae_weights.safetensors"):
         cfg = read_json(f"{folder}/cfg.json")
         neutral = {"d_in", "d_sae", "dtype", "device", "metadata"}
-        other = {k: v for k, v in cfg.items() if {k} - neutral and (v or None) != SAELENS.get(k)}
+        settings = {key: value or "none" for key, value in cfg.items() if key not in neutral}
+        other = {k: v for k, v in settings.items() if v != SAELENS.get(k, "none")}
         if other:
             raise ValueError(f"its {other} would change the result: only {SAELENS} is read")
         ours = dict(widths=[cfg["d_sae"]], n_core=0) | (cfg.get("metadata") or {})
