@@ -3,8 +3,8 @@
     python eval.py runs/gemma-2-2b_k64_seed0                  # its plain SAE beside its last one
     python eval.py runs/seed0 runs/seed1 --labelled news.csv --html --all
 
-Each metric is one function. It returns a dict of figures, which MEANING explains, or it raises
-CannotRun. Each can be used alone:
+Each metric is one function. It returns figures, which MEANING explains, or it raises ValueError,
+which says why there are none here. Each can be used alone:
 
     model, tokenizer = dmsae.load_model(dmsae.Config(model="google/gemma-2-2b", layer=12))
     sae = unit_rows(dmsae.load_sae("runs/seed0/cycle5", model.device))
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import zlib
 from collections import Counter, defaultdict, namedtuple
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -49,7 +50,7 @@ fvu: squared error over the variance about the mean; lower is better
 fvu_all_positions: fvu with the positions that training left out for their norm
 ce_loss_without_sae, ce_loss_with_sae: next-token loss of the model alone, and with the SAE, in nats
 ce_loss_with_ablation: next-token loss with the layer's output zeroed, in nats
-ce_loss_score: share of what zeroing costs that the SAE recovers; higher is better
+ce_loss_score: share of what zeroing costs that the SAE recovers; void if that lowers the loss
 explained_variance: as SAEBench 0.6.0 has it, about zero; 1 - fvu is the usual one
 explained_variance_legacy: mean over tokens of 1 - FVU of the token, as in SAEBench's papers
 cossim: mean cosine of residual and reconstruction; higher is better
@@ -58,37 +59,29 @@ full_absorption_rate: share of words whose main latents are silent while one oth
 fraction_0_6_0: how much of the letter other latents carry, as SAEBench 0.6.0 has it
 num_split_features: main latents of a letter
 main_f1: how well the main latents tell the letter; below 0.6 there are no figures
-letters: letters that can be read from the residual
-words: words used: compare only with as many, for the fraction falls as they grow
+letters, words: that the residual tells; that were used, and the fraction falls as they grow
 sae_top_N_test_accuracy: accuracy of a probe on the N best latents; chance is 0.5
 llm_top_N_test_accuracy: accuracy of a probe on the N best channels of the residual
 probe_accuracy: accuracy of the probes before any ablation
 tpp_threshold_N_total_metric: intended less unintended, without N latents; higher is better
-tpp_threshold_N_intended: accuracy that the probe of a class loses without its N latents
-tpp_threshold_N_unintended: accuracy that the probes of other classes lose by it
+tpp_threshold_N_intended, tpp_threshold_N_unintended: accuracy that its own, other probes lose
 scr_metric_threshold_N: the direction of lower biased accuracy, none in a tie; 1 is best
 scr_dirN_threshold_N: share of the way from biased to oracle accuracy, without N latents
 pairs: pairs of classes measured on
 cycle, core: number of the training; latents of the core that was chosen after it
-kept, dropped: latents of the core before that were chosen again, and that were not
-new: latents of the core that were chosen for the first time
-jaccard: kept latents over those in either core; 1 is the same core
-identity_overlap: share of the core before that was kept
+kept, dropped, new: latents of the core chosen again, not again, and for the first time
 dead: share of latents that were dead at the end of the training
 ce, ce_recovered: ce_loss_with_sae and ce_loss_score after the training
 """
 METRICS = "reconstruction absorption probing tpp scr stability".split()
 MIN_F1 = 0.6  # of a letter's probe, and of its main latents: below, there is nothing to measure
 MIN_LETTERS = 20  # that the probes must read (SAEBench)
+MIN_TEXTS = 50  # of a class, and of each kind in scr: a fifth of them is for tests
 ABLATED = 2, 5, 10, 20, 50, 100, 500  # latents at once; SAEBench's main figure is that of 20
 # What is printed without --all.
-PRINTED = "reconstruction: .*|absorption: (full.*rate|words)|.*sae_top_1_test_accuracy"
-PRINTED += "|.*tpp_threshold_20_total_metric|.*scr_metric_threshold_20|stability: (core|kept)"
+PRINTED = "reconstruction: .*|absorption: (full.*rate|words)|stability: (core|kept)"
+PRINTED += "|.*(sae_top_1_test_accuracy|tpp_threshold_20_total_metric|scr_metric_threshold_20)"
 bar = partial(tqdm, disable=None, leave=False)  # a progress bar, on a terminal only
-
-
-class CannotRun(Exception):
-    """Why a metric has no figures here. The other metrics go on."""
 
 
 def mean_of(rows):
@@ -110,10 +103,15 @@ def unit_rows(sae):
     return sae
 
 
-def residuals(model, layer, rows):
-    """Yield the residual stream of each of rows, lists of token ids: (its length, D)."""
-    for i in bar(range(0, len(rows), 64), "residuals"):
-        batch = [torch.tensor(row) for row in rows[i : i + 64]]
+def residuals(model, layer, rows, at_once=64):
+    """Yield the residual stream of each of rows, lists of token ids: (its length, D). Raises
+    ValueError where the model cannot read them."""
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", math.inf)
+    if any(len(row) > longest or max(row) >= config.vocab_size for row in rows):
+        raise ValueError(f"over {longest} tokens, or ids from {config.vocab_size} on, in a text")
+    for i in bar(range(0, len(rows), at_once), "residuals"):
+        batch = [torch.tensor(row) for row in rows[i : i + at_once]]
         ids = pad_sequence(batch, True).to(model.device)  # on the right, where no token sees it
         for row, x in zip(batch, residual_stream(model, layer, ids), strict=True):
             yield x[: len(row)].float()  # (T, D)
@@ -132,27 +130,26 @@ def logistic_regression(x, y, balanced=False):
     columns, truth = x.double().cpu(), y.double().cpu()
     weight = 0.5 / torch.where(truth > 0, truth.mean(), 1 - truth.mean()) if balanced else None
     mean = columns.mean(0)  # (d,)
-    columns = columns - mean  # (n, d)
+    columns = F.pad(columns - mean, (0, 1), value=1.0)  # (n, d + 1), the bias last
     # LBFGS stops early where columns differ in scale. So it moves probe / scale, where curvatures
     # are alike: about n / 4 times the variance from the loss, and 1 from the penalty.
-    scale = (1 + len(x) / 4 * columns.square().mean(0)).rsqrt()  # (d,)
-    scale = F.pad(scale, (0, 1), value=1.0)  # The bias stays as it is.
-    z = torch.zeros_like(scale[None], requires_grad=True)  # (1, d + 1)
+    scale = (1 + len(x) / 4 * columns.square().mean(0)).rsqrt()  # (d + 1,)
+    z = torch.zeros_like(scale, requires_grad=True)
     exact = dict(tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe")
     lbfgs = torch.optim.LBFGS([z], max_iter=500, **exact)
 
     def objective():
         lbfgs.zero_grad()
-        logits = probe_logits(columns, z * scale)[:, 0]  # (n,)
+        logits = columns @ (z * scale)  # (n,)
         loss = F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="sum")
-        loss += (z * scale)[:, :-1].square().sum() / 2  # The penalty, in the old units.
+        loss += (z * scale)[:-1].square().sum() / 2  # The penalty, in the old units.
         loss.backward()
         return loss
 
     lbfgs.step(objective)
-    probe = (z * scale).detach()  # (1, d + 1)
-    probe[:, -1] -= probe[:, :-1] @ mean  # of columns that are not centred
-    return probe.to(x)
+    probe = (z * scale).detach()  # (d + 1,)
+    probe[-1] -= probe[:-1] @ mean  # of columns that are not centred
+    return probe[None].to(x)
 
 
 @torch.enable_grad()
@@ -168,8 +165,7 @@ def train_epoch(probes, adam, x, y, batch, rng, l1, pos_weight=None):
 
 def train_letter_probes(x, y, batch, weight_decay, seed=0, l1=0.0):
     """A one-vs-rest probe for each letter: x (n, d), y (n,) in 0..25 -> (26, d + 1). Ours: at least
-    20 batches in each of 50 epochs, so 1000 steps, as SAEBench's vocabularies give. Few words in
-    batches of 4096 would give 50 steps, and absorption would measure that."""
+    20 batches in each of 50 epochs. So they are trained, too, where there are few words."""
     rng = generator(seed, "letters")
     is_letter = F.one_hot(y, 26).float()  # (n, 26)
     pos_weight = len(y) / is_letter.sum(0).clamp_min(1) - 1  # (26,) negatives / positives
@@ -212,8 +208,8 @@ def train_probe(x, train, test, seed=0):
 @torch.no_grad()
 def reconstruction(model, layer, ids, keep, sae, limit=math.inf):
     """SAEBench's group "core", on contexts ids, keep (R, T) of dmsae.contexts. Outside keep the SAE
-    changes nothing. Where a figure has no number, as for 0 / 0, it is None. To measure a prefix of
-    width w alone, first set sae.threshold[w:] = math.inf."""
+    changes nothing. Where a figure has no number, as for 0 / 0, it is None."""
+    contexts = model, layer, ids, dmsae.without_outliers(model, layer, ids, keep, limit)
     sums = Counter()  # It adds what has the same name.
     # 2048 tokens at a time, as SAEBench's 16 contexts of 128.
     for some, kept in dmsae.in_parts(model, ids, keep, 2048):
@@ -233,17 +229,15 @@ def reconstruction(model, layer, ids, keep, sae, limit=math.inf):
     fvu = sums["error"] / (square - sums["x"].square().sum(1) / n)  # (2,)
     # SAEBench subtracts the square of one number, the mean square over D, not of the mean.
     variance = square[0] - n[0] * (square[0] / n[0] / len(sae.b_dec)) ** 2
-    figures = dict(l0=density.sum(), core_l0=density[: sae.n_core].sum(), fvu=fvu[0])
-    figures |= dict(fvu_all_positions=fvu[1], explained_variance=1 - sums["error"][0] / variance)
-    figures |= dict(explained_variance_legacy=sums["legacy"] / n[0], cossim=sums["cosine"] / n[0])
-    figures["frac_alive"] = (density > 0).double().mean()
-    contexts = model, layer, ids, dmsae.without_outliers(model, layer, ids, keep, limit)
     own, with_sae = dmsae.mean_loss(*contexts, lambda x: x), dmsae.mean_loss(*contexts, sae)
     with dmsae.spliced(model, layer, torch.zeros_like):  # at BOS too
         zeroed = dmsae.mean_loss(*contexts, lambda x: x)
-    figures["ce_loss_score"] = (zeroed - with_sae) / (zeroed - own or math.nan)
+    figures = dict(l0=density.sum(), core_l0=density[: sae.n_core].sum(), fvu=fvu[0])
+    figures |= dict(fvu_all_positions=fvu[1], explained_variance=1 - sums["error"][0] / variance)
+    figures |= dict(explained_variance_legacy=sums["legacy"] / n[0], cossim=sums["cosine"] / n[0])
+    figures |= dict(frac_alive=(density > 0).double().mean(), ce_loss_with_ablation=zeroed)
+    figures |= dict(ce_loss_score=(zeroed - with_sae) / (zeroed - own or math.nan))
     figures |= dict(ce_loss_without_sae=own, ce_loss_with_sae=with_sae)
-    figures["ce_loss_with_ablation"] = zeroed
     figures = {name: float(t) if math.isfinite(t) else None for name, t in figures.items()}
     return figures | dict(tokens=int(n[0]))
 
@@ -257,13 +251,13 @@ Spelling = namedtuple("Spelling", "x_train y_train x_test y_test x_fresh probes"
 def spelling_task(model, layer, tokenizer, n_words=10_000, seed=0, limit=math.inf):
     """The Spelling of at most n_words tokens that are words, a fifth of them for tests. A prompt is
     a new line, ten lines "{example} has the first letter: X" of other words, and the word, which
-    would go on so. Raises CannotRun where the vocabulary has too few words."""
+    would go on so. Raises ValueError where the vocabulary has too few words."""
     rng, letters = np.random.default_rng(seed), {}  # the letter of each id that is a word: 0..25
     for i, token in enumerate(tokenizer.convert_ids_to_tokens([*range(len(tokenizer))])):
         if word := re.fullmatch("[ ▁Ġ]?([a-zA-Z]+)", token or ""):
             letters[i] = ord(word[1][0].upper()) - 65
     if len(letters) < 100:
-        raise CannotRun(f"the vocabulary has {len(letters)} words of letters only; 100 are needed")
+        raise ValueError(f"the vocabulary has {len(letters)} words of letters only; 100 are needed")
     words = rng.permutation([*letters])[:n_words]  # ids
     train, test = np.split(words, [int(0.8 * len(words))])
 
@@ -286,9 +280,9 @@ def spelling_task(model, layer, tokenizer, n_words=10_000, seed=0, limit=math.in
     x, x_test, x_fresh = read(train, train), read(test, test), read(test, words)
     y = torch.tensor([letters[word] for word in words], device=model.device)  # (n + m,)
     y, y_test = y.tensor_split([len(train)])
-    usual = x.norm(dim=1) <= limit  # (n,)
+    usual = dmsae.usual(x, limit, "prompts")  # (n,)
     x, y = x[usual], y[usual]
-    usual = torch.maximum(x_test.norm(dim=1), x_fresh.norm(dim=1)) <= limit  # (m,)
+    usual = dmsae.usual(torch.stack([x_test, x_fresh]), limit, "prompts").all(0)  # (m,)
     probes = train_letter_probes(x, y, 64, 1e-4, seed)
     return Spelling(x, y, x_test[usual], y_test[usual], x_fresh[usual], probes)
 
@@ -333,14 +327,13 @@ def absorption_scores(f, x, W_dec, w, main):
 @torch.no_grad()
 def absorption(model, layer, tokenizer, sae, n_words=10_000, seed=0, limit=math.inf):
     """First-letter absorption (Chanin et al. 2024, arXiv 2409.14507), mean over letters. Raises
-    CannotRun where the residual tells too few letters; ours: or where the main latents tell them
-    badly, for the figures would be about that."""
+    ValueError where the residual tells too few letters, or (ours) main latents tell them badly."""
     task = spelling_task(model, layer, tokenizer, n_words, seed, limit)
     read = probe_logits(task.x_test, task.probes) > 0  # (m, 26)
     is_letter = F.one_hot(task.y_test, 26).bool()  # (m, 26)
     letters = (f1_score(read, is_letter) > MIN_F1).nonzero()[:, 0].tolist()
     if len(letters) < MIN_LETTERS:
-        raise CannotRun(f"the probes read {len(letters)} of 26 letters; {MIN_LETTERS} are needed")
+        raise ValueError(f"the probes read {len(letters)} of 26 letters; {MIN_LETTERS} are needed")
     xs = task.x_train, task.x_test, task.x_fresh
     f_train, f_test, f_fresh = (torch.cat([*map(sae.encode, x.split(2048))]) for x in xs)  # (n, F)
     sparse = train_letter_probes(f_train, task.y_train, 4096, 1e-6, seed, 0.01)
@@ -352,11 +345,11 @@ def absorption(model, layer, tokenizer, sae, n_words=10_000, seed=0, limit=math.
         probe = task.probes[c, :-1]  # (D,)
         scores = absorption_scores(f_fresh[hit], task.x_fresh[hit], sae.W_dec, probe, main)
         full, fraction = (score.float().mean().item() for score in scores)
-        row = dict(full_absorption_rate=full, fraction_0_6_0=fraction)
-        rows[chr(97 + c)] = row | dict(num_split_features=len(main), main_f1=main_f1)
+        row = dict(full_absorption_rate=full, fraction_0_6_0=fraction, main_f1=main_f1)
+        rows[chr(97 + c)] = row | dict(num_split_features=len(main))
     out = mean_of([*rows.values()])
     if out["main_f1"] < MIN_F1:
-        raise CannotRun(f"the main latents' mean F1 is {out['main_f1']:.2f}, below {MIN_F1}")
+        raise ValueError(f"the main latents' mean F1 is {out['main_f1']:.2f}, below {MIN_F1}")
     out["words"] = len(task.y_train) + len(task.y_test)
     return out | dict(letters=len(rows), details=rows)
 
@@ -364,22 +357,28 @@ def absorption(model, layer, tokenizer, sae, n_words=10_000, seed=0, limit=math.
 # ---- Sparse probing: what a few latents tell of a labelled text ---------------------------------
 def labelled(path, columns=("text", "label"), budget=10_000, seed=0):
     """Texts, labels, and a third column for SCR or None, (n,) each, of a .csv or .jsonl file: about
-    `budget` in all, as many of each class, at most 2500 (SAEBench: 2000 + 500), and none of a
-    class below 10. Raises ValueError where less than two classes are left."""
-    with refusing(f"--labelled {path}: must be a .csv or .jsonl file"):
+    `budget` in all, as many of each class, at most 2500 (SAEBench: 2000 + 500), each text once, and
+    none of a class below MIN_TEXTS. Raises ValueError where less than two classes are left."""
+    with refusing(f"--labelled {path}: must be a .csv or .jsonl file in UTF-8"):
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file) if Path(path).suffix == ".csv" else map(json.loads, file)
+            is_csv = Path(path).suffix.lower() == ".csv"
+            rows = csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file))
             rows = [*map(dict, rows)]
-    by_class = defaultdict(list)  # rows as lists of strings
+        json.dumps(rows, ensure_ascii=False).encode()  # It fails where a text is no UTF-8.
+    by_class, seen = defaultdict(list), set()  # rows as lists of strings; texts
     for i in np.random.default_rng(seed).permutation(len(rows)):
         values = [rows[i].get(column) for column in columns]
-        if None not in values and "" not in values:
+        text = str(values[0]).strip()
+        # Each text once: a probe must not be tested on a copy of what it was trained on.
+        if None not in values and "" not in values and text not in seen:
+            seen.add(text)
             by_class[str(values[1])].append([*map(str, values)])
-    classes = [found for found in by_class.values() if len(found) >= 10]
+    classes = [found for found in by_class.values() if len(found) >= MIN_TEXTS]
     if len(classes) < 2:
-        few = f"{len(classes)} classes of 10 texts or more, two are needed; {path} has only "
-        raise ValueError(f"--columns {' '.join(columns)}: {few}{[*rows[0]] if rows else 'no rows'}")
-    most = min(2500, max(10, budget // len(classes)))
+        few = f"classes of {[*map(len, by_class.values())]}, two are needed of {MIN_TEXTS} texts"
+        has = [*rows[0]] if rows else "no rows"
+        raise ValueError(f"--columns {' '.join(columns)}: {few}; {path} has only {has}")
+    most = min(2500, max(MIN_TEXTS, budget // len(classes)))
     chosen = sum((found[:most] for found in classes), [])
     return (*np.array(chosen, object).T, None)[:3]  # texts, labels, spurious values or None
 
@@ -394,7 +393,7 @@ def pooled(model, layer, tokenizer, sae, texts, ctx=128, limit=math.inf):
     X, A = [], []
     for row, x in zip(rows, residuals(model, layer, rows), strict=True):
         plain = torch.tensor([i not in special for i in row], device=x.device)
-        x = x[plain & (x.norm(dim=1) <= limit)]  # (tokens, D)
+        x = x[plain & dmsae.usual(x, limit, "labelled texts")]  # (tokens, D)
         X.append(x.sum(0) / max(1, len(x)))
         A.append(sae.encode(x).sum(0) / max(1, len(x)))
     return torch.stack(X), torch.stack(A)
@@ -447,9 +446,8 @@ def ablations(X, A, W_dec, effect):
 
 def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
     """Targeted probe perturbation: which probes suffer where the latents of a class are ablated?
-    Mean over classes, then over seeds, each with its own split and probes. Negatives are drawn
-    once, for choice, before and after; SAEBench draws them anew at each call, which adds noise. X,
-    A of `pooled`, labels (n,), W_dec (F, D)."""
+    Mean over classes, then seeds, each with its own split and probes. Negatives are drawn once (in
+    SAEBench at each call, which adds noise). X, A of `pooled`, labels (n,), W_dec (F, D)."""
     rows = []
     for seed in bar(seeds, "tpp"):
         tasks = one_vs_rest(labels, seed)
@@ -474,17 +472,17 @@ def tpp(X, A, labels, W_dec, seeds=(0, 1, 2)):
 
 def scr_cells(labels, spurious):
     """Pairs of classes a, b with spurious values u, v, at most four, those with the most texts:
-    [indices of the texts of a with u, a with v, b with u, b with v]. Raises CannotRun where none
-    has 20 texts of each kind."""
+    [indices of the texts of a with u, a with v, b with u, b with v]. Raises ValueError where none
+    has MIN_TEXTS texts of each kind."""
     values = [] if spurious is None else np.unique(spurious)
     found = []
     for pair in itertools.combinations(np.unique(labels), 2):
         own = [np.equal(labels, c) for c in pair]  # two masks (n,)
         cells = [np.flatnonzero(one & np.equal(spurious, v)) for one in own for v in values]
-        if len(values) == 2 and min(map(len, cells)) >= 20:
+        if len(values) == 2 and min(map(len, cells)) >= MIN_TEXTS:
             found.append(cells)
     if not found:
-        raise CannotRun("it needs a third column of two values, each in 20 texts of two classes")
+        raise ValueError(f"needs a third column of two values, in {MIN_TEXTS} texts of two classes")
     return sorted(found, key=lambda cells: -min(map(len, cells)))[:4]
 
 
@@ -520,7 +518,7 @@ def scr(X, A, labels, spurious, W_dec, seeds=(0, 1, 2)):
     """Spurious correlation removal: does ablating latents make a biased probe fair? It learns class
     a against b where a always has the spurious value u, and b has v; oracles learn on balanced
     texts. Direction 1 asks it for the class, without latents of the value, direction 2 the reverse.
-    Mean over pairs of classes, seeds. X, A of `pooled`, labels, spurious (n,). Raises CannotRun."""
+    Mean over pairs of classes, seeds. X, A of `pooled`; labels, spurious (n,)."""
     pairs = scr_cells(labels, spurious)
     rows = [scr_row(X, A, W_dec, *run) for run in bar([*itertools.product(pairs, seeds)], "scr")]
     return mean_of(rows) | dict(pairs=len(pairs), details=rows)
@@ -534,19 +532,15 @@ def cycles(run):
 
 
 def stability(folder):
-    """The figures of a training, from its SAE folder, and how the core chosen after it overlaps
-    with the one before: exact, for the core's rows are frozen, so nothing has to be matched. Raises
-    CannotRun where the folder is in no run, ValueError where it is damaged."""
+    """The figures of a training, from its SAE folder, and how many latents were born when. Raises
+    ValueError where the folder is in no run, or is damaged."""
     folder = Path(folder)
     if folder not in cycles(folder.parent):
-        raise CannotRun("the SAE is in no run folder of dmsae.py")
+        raise ValueError("the SAE is in no run folder of dmsae.py")
     with refusing(f"{folder}: is of no training of dmsae.py"):
+        core, _ = load_core(folder / "core.safetensors")
         row = read_json(folder / "cfg.json")["metadata"]["result"]
-    core, _ = load_core(folder / "core.safetensors")
-    row["votes"] = Counter(core.votes.tolist())  # {votes: latents}
-    row["births"] = Counter(core.birth[:, 0].tolist())  # {training: latents}
-    row["jaccard"] = row["kept"] / (row["core"] + row["dropped"])
-    return row | dict(identity_overlap=row["kept"] / max(1, row["kept"] + row["dropped"]))
+        return row | dict(births=Counter(core.birth[:, 0].tolist()))  # {training: latents}
 
 
 def assignment(cost):
@@ -576,15 +570,14 @@ def pw_mcc(a, b):
     """Mean cosine of the one-to-one matching of a (n, D) and b (m, D) where it is largest (Song et
     al. 2025, arXiv 2505.20254). Ours: signed; of sets of unequal size the smaller is matched."""
     a, b = sorted((a, b), key=len)
-    cosine = (F.normalize(a) @ F.normalize(b).T).double().detach().cpu().numpy()  # (n, m)
+    cosine = (F.normalize(a) @ F.normalize(b).T).double().numpy(force=True)  # (n, m)
     row_of = assignment(-cosine)
     return cosine[row_of, np.arange(len(b))][row_of >= 0].mean()
 
 
 def agreement(run_a, run_b, seed=0):
     """Do the last SAEs of two runs have the same features? {set: PW-MCC of decoder rows} of the
-    cores, of as many latents drawn from prefix 0, and of prefix 0, core included. Two baselines:
-    what was drawn, and as decoder_random, random directions for the first run's rows."""
+    cores and of prefix 0. Baselines: latents drawn from prefix 0, and random directions."""
     rng, sides, out = generator(seed, "agreement"), [], {}
     for folder in cycles(run_a)[-1], cycles(run_b)[-1]:
         sae, (core, _) = load_sae(folder), load_core(folder / "core.safetensors")
@@ -604,7 +597,7 @@ def every_figure(report):
     for i, sae in enumerate(report["saes"]):
         for metric, figures in sae["metrics"].items():
             for figure, value in figures.items():
-                if not isinstance(value, (list, dict)):
+                if not isinstance(value, list | dict):
                     rows[f"{metric}: {figure}"][i] = value
     return rows
 
@@ -668,9 +661,9 @@ function axis(values, from, to, leastStep) {
 // Adds a chart of lines, {name: [[x, y], ...]}.
 function chart(title, xName, yName, lines, leastStep = 0) {
   const points = Object.values(lines).flat()
+  const radius = points.length > 99 ? 1 : 4
   const [across, xs] = axis(points.map(point => point[0]), 40, 320, leastStep)
   const [down, ys] = axis(points.map(point => point[1]), 195, 5, 0)
-  const radius = points.length > 99 ? 1 : 4
   let key = "", svg = `<text x=180 y=226 text-anchor=middle>${xName}</text>`
   svg += each(xs, x => `<text x=${across(x)} y=210 text-anchor=middle>${show(x, 6)}</text>`)
   svg += each(ys, y => `<path d="M40 ${down(y)}H320" stroke=#ddd></path>
@@ -745,7 +738,7 @@ if (core) {
   drawCore()
   at("cards").innerHTML = each(data.contexts, card)
   at("find").oninput = at("by").onchange = sortAndFilter
-}
+} else at("cards").innerHTML = data.cannot_run ?? "No SAE here has a core."
 for (const metric of new Set(figures.map(row => row.metric))) {
   const rows = each(figures.filter(row => row.metric == metric), row => `<tr><td>${row.figure}
     <td>${row.values.map(value => show(value)).join("<td>")}<td>${row.meaning}`)
@@ -756,10 +749,8 @@ for (const metric of new Set(figures.map(row => row.metric))) {
 
 
 def raised_tokens(model, rows):
-    """The 8 tokens that directions rows (C, D) raise most: (C, 8). The model itself goes from its
-    last layer to the logits, for what lies between has another name in every model."""
-    last = model.config.get_text_config().num_hidden_layers - 1
-    with dmsae.spliced(model, last, lambda h: rows[:, None].to(h)):
+    """The 8 tokens whose logits rise most if the last layer gives rows (C, D): (C, 8)."""
+    with dmsae.spliced(model, -1, lambda h: rows[:, None].to(h)):
         logits = model(rows.new_zeros(len(rows), 1).long()).logits  # (C, 1, V)
     return logits[:, 0].topk(8).indices
 
@@ -779,10 +770,8 @@ def core_page(model, tokenizer, ids, keep, trained):
         decoded = tokenizer.batch_decode([[*start, i] for i in ids.tolist()])
         return [text[len(tokenizer.decode(start)) :] for text in decoded]
 
-    shown, acts, contexts = core["index"][:200], [], []
-    for row in bar(ids.to(model.device), "page"):  # (T,)
-        x = residual_stream(model, layer, row[None])[0].float()  # (T, D)
-        acts.append(sae.encode(x)[:, shown].cpu())  # (T, shown)
+    shown, contexts = core["index"][:200], []
+    acts = [sae.encode(x)[:, shown].cpu() for x in residuals(model, layer, ids.tolist(), 1)]
     for fired in (torch.stack(acts) * keep[..., None]).unbind(2):  # (R, T)
         peak, at = fired.max(1)  # (R,)
         contexts.append([])
@@ -818,15 +807,18 @@ class Trained:
 def open_sae(folder):
     """The Trained of an SAE folder. Raises ValueError."""
     sae, meta = unit_rows(load_sae(folder)), read_json(folder / "cfg.json").get("metadata") or {}
-    cfg = dict(model=meta.get("model_name", "unknown"), ctx=meta.get("context_size", 128))
-    cfg |= dict(dataset=meta.get("dataset_path", "unknown (give --text)")) | meta.get("config", {})
-    for name in "model", "text":  # A relative path began where dmsae.py was started.
-        places = [base / str(cfg.get(name)) for base in folder.parents]
-        cfg[name] = next((str(place) for place in places if place.exists()), cfg.get(name))
     with refusing(f"{folder}: must be of a blocks.N.hook_resid_post and of this version"):
         layer = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", meta["hook_name"])[1]
-        cfg = dmsae.Config(**cfg | dict(layer=int(layer), core=None, cache=None))
-    limit = meta.get("max_norm", 0) * meta.get("median_norm", 0) or math.inf  # 0: none
+        cfg = dict(model=meta.get("model_name", "unknown"), ctx=meta.get("context_size", 128))
+        cfg |= dict(dataset=meta.get("dataset_path", "unknown (give --text)"))
+        cfg |= meta.get("config", {}) | dict(layer=int(layer), core=None, cache=None)
+        # A relative path began where dmsae.py was started: as far above the run as --out says.
+        above = len(Path(cfg.get("out", folder)).parts)
+        for name in "model", "text":
+            place = Path(*folder.parts[: -1 - above], str(cfg.get(name)))
+            cfg[name] = str(place) if place.exists() else cfg.get(name)
+        cfg = dmsae.Config(**cfg)
+        limit = meta.get("max_norm", 0) * meta.get("median_norm", 0) or math.inf  # 0: none
     run = folder.parent if (folder.parent / "tokens.bin").exists() else None
     return Trained(folder, sae, cfg, limit, meta.get("checksum"), run)
 
@@ -839,8 +831,12 @@ def configure(args, saes):
         raise ValueError(f"the contexts differ in length, so measure one by one: {contexts}")
     first = saes[0].cfg
     cfg = replace(first, device=args.device, text=args.text, model=args.model or first.model)
+    if Path(cfg.model).exists():  # Say in full which folder it is, not a model of the hub.
+        cfg.model = str(Path(cfg.model).resolve())
     cfg.layer = max(sae.cfg.layer for sae in saes)  # Where this one is, all are.
     dmsae.check(cfg)
+    if not os.access(args.out.parent, os.W_OK):
+        raise ValueError(f"--out {args.out}: must be in a folder that exists and can be written")
     if args.text:  # The run's separator and column belong to its own text.
         return replace(cfg, separator=args.separator, text_column=args.text_column)
     return replace(cfg, text=first.text)  # It may be gone: what was held out is kept as ids.
@@ -872,8 +868,7 @@ def open_contexts(args, cfg, saes, model, tokenizer):
     held_out = {}  # a description for each run
     for run, own in {sae.run: sae.cfg for sae in saes if sae.run and not args.text}.items():
         rows, *_ = dmsae.open_text(own, model, tokenizer, run)
-        of_text = f"of {Path(own.text or own.dataset).name}, checksum {zlib.crc32(rows):08x}"
-        held_out[f"{run}"] = f"{rows.size} tokens {of_text}"
+        held_out[f"{run}"] = f"{rows.size} tokens, checksum {zlib.crc32(rows):08x}"
         source = f"held out by the run {run.name}"
     if len({*held_out.values()}) > 1:
         raise ValueError(f"the runs held out different texts, so measure one by one: {held_out}")
@@ -881,23 +876,23 @@ def open_contexts(args, cfg, saes, model, tokenizer):
         cfg = replace(cfg, tokens=args.tokens, batch=1, attribution_tokens=1)
         with tempfile.TemporaryDirectory() as scratch:  # for its tokens.bin
             rows = np.concatenate(dmsae.open_text(cfg, model, tokenizer, scratch))
-        source = f"the start of {cfg.text or cfg.dataset}, not known to be held out"
-        if saes[0].cfg.separator not in (None, cfg.separator):
-            source += f", not cut at the run's --separator {saes[0].cfg.separator!r}"
+        cut = f"--separator {cfg.separator!r} (of the first SAE: {saes[0].cfg.separator!r})"
+        source = f"{cut}, the start of {cfg.text or cfg.dataset}, not known to be held out"
     rows = rows[: max(1, args.tokens // cfg.ctx)]  # (R, T - 1)
     about = f"text: {rows.size:,} tokens in contexts of {cfg.ctx}, {source}"
     return *dmsae.contexts(rows, dmsae.special_tokens(tokenizer)), about
 
 
-def free_path(args):
-    """Where the JSON goes, and beside it the page; nothing is overwritten. Raises ValueError."""
-    first = path = Path(f"{args.out or args.folders[0] / 'eval'}".removesuffix(".json") + ".json")
-    number = itertools.count(2)  # eval.json, eval-2.json, ...
-    while path.exists() or path.with_suffix(".html").exists():
-        path = first.with_stem(f"{first.stem}-{next(number)}")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out {path}: must be in a folder that exists and can be written")
-    return path
+def free_path(out):
+    """Where the JSON goes, and beside it the page: OUT.json, or OUT-2.json, ..., the first that is
+    not there. It is made at once, so that another evaluation takes the next one."""
+    first = path = Path(f"{out}".removesuffix(".json") + ".json")
+    for number in itertools.count(2):
+        if not path.with_suffix(".html").exists():
+            with suppress(FileExistsError):
+                path.touch(exist_ok=False)
+                return path
+        path = first.with_stem(f"{first.stem}-{number}")
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -926,16 +921,15 @@ def parse(argv=None):
         parser.error("--columns: two or three names; --tokens: 1 or above; --seeds: 0 or above")
     if not args.text and (args.separator or args.text_column != "text"):
         parser.error("--separator, --text-column: need --text; what a run held out stays as it is")
-    if args.model and Path(args.model).exists():
-        args.model = str(Path(args.model).resolve())
+    args.out = args.out or args.folders[0] / "eval"
     return args
 
 
-def tried(metric, *arguments):
-    """The figures of a metric, or why it has none."""
+def tried(function, *arguments):
+    """What it returns, or why it returns nothing. The others go on."""
     try:
-        return metric(*arguments)
-    except CannotRun as why:
+        return function(*arguments)
+    except ValueError as why:
         return dict(cannot_run=str(why))
 
 
@@ -943,20 +937,22 @@ def measure(args, model, tokenizer, ids, keep, texts, trained):
     """{metric: its figures, or why there are none} of one SAE."""
     sae, layer, limit, out = trained.sae, trained.cfg.layer, trained.limit, {}
     seed, n_words = args.seeds[0], max(100, args.tokens // 120)  # in prompts of about 100 tokens
-    if "reconstruction" in args.only:
-        out["reconstruction"] = reconstruction(model, layer, ids, keep, sae, limit)
-    if "absorption" in args.only:
-        out["absorption"] = tried(absorption, model, layer, tokenizer, sae, n_words, seed, limit)
+
+    def add(name, metric, *arguments):
+        if name.split()[0] in args.only:
+            out[name] = tried(metric, *arguments)
+
+    add("reconstruction", reconstruction, model, layer, ids, keep, sae, limit)
+    add("absorption", absorption, model, layer, tokenizer, sae, n_words, seed, limit)
     for file, (some, labels, spurious) in texts.items():
-        X, A = pooled(model, layer, tokenizer, sae, some, min(128, ids.shape[1]), limit)
-        if "probing" in args.only:
-            out[f"probing {file}"] = sparse_probing(X, A, labels, seed)
-        if "tpp" in args.only:
-            out[f"tpp {file}"] = tpp(X, A, labels, sae.W_dec, args.seeds)
-        if "scr" in args.only:
-            out[f"scr {file}"] = tried(scr, X, A, labels, spurious, sae.W_dec, args.seeds)
-    if "stability" in args.only:
-        out["stability"] = tried(stability, trained.folder)
+        read = tried(pooled, model, layer, tokenizer, sae, some, min(128, ids.shape[1]), limit)
+        if isinstance(read, dict):
+            out[f"labelled {file}"] = read
+            continue
+        add(f"probing {file}", sparse_probing, *read, labels, seed)
+        add(f"tpp {file}", tpp, *read, labels, sae.W_dec, args.seeds)
+        add(f"scr {file}", scr, *read, labels, spurious, sae.W_dec, args.seeds)
+    add("stability", stability, trained.folder)
     return out
 
 
@@ -969,29 +965,34 @@ def main(argv=None):
         cfg = configure(args, saes)
         how = args.columns, args.tokens // 128, args.seeds[0]  # of texts of 128 tokens, at most
         texts = {file.name: labelled(file, *how) for file in args.labelled}
-        path = free_path(args)
-        model, tokenizer, of_model = open_model(args, cfg, saes)
-        ids, keep, of_text = open_contexts(args, cfg, saes, model, tokenizer)
+        if len(texts) < len(args.labelled):
+            raise ValueError("--labelled: two files have the same name; rename one")
         runs = dict.fromkeys(sae.folder.parent for sae in saes if "stability" in args.only)
         trainings = {f"{run}": [*map(stability, cycles(run))] for run in runs if cycles(run)}
-    report = dict(model=cfg.model, layer=cfg.layer, notes=[of_model, of_text])
+        model, tokenizer, of_model = open_model(args, cfg, saes)
+        ids, keep, of_text = open_contexts(args, cfg, saes, model, tokenizer)
+        pairs = itertools.combinations(trainings, 2)
+        same = {f"{a} and {b}": agreement(a, b, args.seeds[0]) for a, b in pairs}
+        path = free_path(args.out)
+    notes = [of_model, of_text]
+    notes += [f"{file}, each text once: {dict(Counter(texts[file][1]))}" for file in texts]
     if not texts and "probing" in args.only:
-        report["notes"].append("probing, tpp and scr: need labelled texts, --labelled FILE")
-    print(*report["notes"], sep="\n")
+        notes.append("probing, tpp and scr: need labelled texts, --labelled FILE")
+    print(*notes, sep="\n")
+    report = dict(model=cfg.model, layer=cfg.layer, notes=notes, saes=[])
+    report |= dict(stability=trainings, agreement=same)
     report["arguments"] = {name: str(value) for name, value in vars(args).items()}
-    report |= dict(saes=[], stability=trainings, agreement={})
-    for a, b in itertools.combinations(trainings, 2):
-        report["agreement"][f"{a} and {b}"] = agreement(a, b, args.seeds[0])
     for sae in saes:
         metrics = measure(args, model, tokenizer, ids, keep, texts, sae)
         report["saes"].append(dict(folder="/".join(sae.folder.parts[-2:]), metrics=metrics))
+        report = json.loads(json.dumps(report), parse_constant=lambda name: None)  # of nan, inf
         dmsae.write_json(report, path)  # After each SAE: the next may take an hour.
     print(*table(report, args.all), f"written: {path}", sep="\n")
     if args.html:
         own = [sae for sae in saes if sae.folder in cycles(saes[0].folder.parent)]
-        html = page(report, core_page(model, tokenizer, ids, keep, own[-1]) if own else {})
+        of_core = tried(core_page, model, tokenizer, ids, keep, own[-1]) if own else {}
         with dmsae.written_whole(path.with_suffix(".html")) as part:
-            part.write_text(html, encoding="utf-8")
+            part.write_text(page(report, of_core), encoding="utf-8")
     return 0
 
 

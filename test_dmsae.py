@@ -108,7 +108,7 @@ def lm(tmp_path_factory):
     torch.manual_seed(0)
     config = Gemma2Config(**shape, pad_token_id=0, eos_token_id=1, bos_token_id=2)
     Gemma2ForCausalLM(config).save_pretrained(folder)
-    (folder / "text.txt").write_text("|||".join(docs))
+    (folder / "text.txt").write_text("|||".join(docs), "utf-8")
     return folder
 
 
@@ -133,16 +133,16 @@ def replace_weights(folder):
 
 
 def replace_in(path, old, new):
-    path.write_text(path.read_text().replace(old, new))
+    path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
 
 
 def swap_two_words(folder):
     """Give two words of the tokenizer in a model folder each other's id."""
     path = folder / "tokenizer.json"
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text("utf-8"))
     vocab = data["model"]["vocab"]
     vocab["s"], vocab["n"] = vocab["n"], vocab["s"]
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data), "utf-8")
 
 
 def command(lm, out, **changes):
@@ -188,7 +188,7 @@ def saved_core(out, cycle):
 
 
 def metadata(out, cycle):
-    return json.loads((Path(out) / f"cycle{cycle}" / "cfg.json").read_text())["metadata"]
+    return json.loads((Path(out) / f"cycle{cycle}" / "cfg.json").read_text("utf-8"))["metadata"]
 
 
 def result(out, cycle):
@@ -196,7 +196,7 @@ def result(out, cycle):
 
 
 def measured(out):
-    return json.loads((Path(out) / "config.json").read_text())["measured"]
+    return json.loads((Path(out) / "config.json").read_text("utf-8"))["measured"]
 
 
 def assert_same(a, b, cycles):
@@ -580,7 +580,7 @@ def test_nan_at_some_tokens_is_refused_and_can_be_mended(lm, tmp_path, capsys, m
         dmsae, "harvest", lambda *at: harvest(*at).index_fill(0, torch.tensor([5]), math.nan)
     )
     assert "nan or inf in the first training block" in refusal(capsys, words)
-    assert "measured" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "measured" not in json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
     monkeypatch.undo()
     dmsae.main(words)
 
@@ -652,9 +652,9 @@ def test_documents_are_packed_with_bos_first_and_between(lm, tmp_path):
 def write_text(path, content):
     """A text file of the kind that its name says: content is its text, or a list of rows."""
     if path.suffix == ".txt":
-        path.write_text(content)
+        path.write_text(content, "utf-8")
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in content))
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in content), "utf-8")
     else:
         from datasets import Dataset
 
@@ -678,7 +678,7 @@ def write_text(path, content):
 )
 def test_local_files_give_their_documents(name, content, separator, want, tmp_path):
     """.txt must be one document, others a row each; separators split; no text must stop nothing."""
-    (tmp_path / "t1.txt").write_text("not this")
+    (tmp_path / "t1.txt").write_text("not this", "utf-8")
     cfg = Config(text=str(write_text(tmp_path / name, content)), separator=separator)
     assert [*dmsae.documents(cfg)] == want
 
@@ -1061,7 +1061,9 @@ def test_a_training_counts_its_steps_from_0(watched):
 
 def test_rows_are_printed_and_logged(watched):
     """Ten rows of each training and its figures must be on the screen and in log.jsonl."""
-    rows = [json.loads(line) for line in (watched.out / "log.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (watched.out / "log.jsonl").read_text("utf-8").splitlines()
+    ]
     printed = re.findall(r"(?m)^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)%", watched.printed)
     for cycle in range(4):
         assert rows.pop(10).items() <= result(watched.out, cycle).items()
@@ -1268,7 +1270,7 @@ def test_figures_of_a_run_are_those_of_its_saved_sae(watched, story):
 def test_saved_folder_is_a_jumprelu_sae(story, tmp_path, cycle):
     """A few lines that know only SAELens's jumprelu must give our forward; without our metadata, as
     SAELens writes it, a folder must load as one prefix, no core."""
-    cfg = json.loads((story / f"cycle{cycle}" / "cfg.json").read_text())
+    cfg = json.loads((story / f"cycle{cycle}" / "cfg.json").read_text("utf-8"))
     want = dict(dmsae.SAELENS, dtype="float32", device="cpu", reshape_activations="none")
     assert want.items() <= cfg.items()
     meta, w = cfg["metadata"], weights(story, cycle)
@@ -1296,7 +1298,7 @@ def test_saved_folder_is_a_jumprelu_sae(story, tmp_path, cycle):
     "damage, words",
     [
         (lambda cfg, w: cfg.unlink(), "cfg.json"),
-        (lambda cfg, w: cfg.write_text("[1, 2]"), "cfg.json"),
+        (lambda cfg, w: cfg.write_text("[1, 2]", "utf-8"), "cfg.json"),
         (lambda cfg, w: replace_in(cfg, "jumprelu", "topk"), "topk"),
         (lambda cfg, w: replace_in(cfg, '"none"', '"layer_norm"'), "layer_norm"),
         (lambda cfg, w: replace_in(cfg, '_to_input": true', '_to_input": false'), "_to_input"),
@@ -1376,7 +1378,7 @@ def test_fewer_or_more_cycles_are_no_other_configuration(lm, story, tmp_path, ca
     """Fewer must lose nothing that is begun; more be added, whatever a finished training left."""
     out = shutil.copytree(story, tmp_path / "out")
     shutil.rmtree(out / "cycle3")
-    (out / "checkpoint3.pt").write_text("of a later cycle")
+    (out / "checkpoint3.pt").write_text("of a later cycle", "utf-8")
     dmsae.main(command(lm, out, cycles=2, checkpoint_minutes=1, cache=out))
     (out / "checkpoint3.pt").rename(out / "checkpoint2.pt")
     capsys.readouterr()
@@ -1394,13 +1396,13 @@ def test_an_emptied_file_of_a_run_is_named(lm, story, tmp_path, capsys, content)
     """As a power cut leaves it: it must be named; where it can be made again, the run goes on."""
     out = shutil.copytree(story, tmp_path / "out")
     words = command(lm, out, cycles=3)
-    (out / "tokens.bin").write_text(content)
+    (out / "tokens.bin").write_text(content, "utf-8")
     assert "less than three contexts" in refusal(capsys, words)
     dmsae.main(words)
-    (out / "cycle0" / "cfg.json").write_text(content)
+    (out / "cycle0" / "cfg.json").write_text(content, "utf-8")
     with pytest.raises(ValueError, match=f"{out}/cycle0: is damaged; move it away"):
         dmsae.main(words)
-    (out / "config.json").write_text(content)
+    (out / "config.json").write_text(content, "utf-8")
     assert f"{out}/config.json: is missing or damaged" in refusal(capsys, words)
     (out / "config.json").unlink()  # Then tokens.bin may be of any text and tokenizer.
     assert "other settings" in refusal(capsys, words)
@@ -1661,9 +1663,13 @@ def test_what_is_read_must_be_a_decoder_layers_output(lm, tmp_path, capsys, monk
 @pytest.mark.parametrize(
     "name, damage, words",
     [
-        ("cycle0/cfg.json", lambda path: path.write_text("{}"), "cycle0: is damaged"),
+        ("cycle0/cfg.json", lambda path: path.write_text("{}", "utf-8"), "cycle0: is damaged"),
         ("cycle1/cfg.json", lambda path: replace_in(path, '"result"', '"x"'), "cycle1: is damaged"),
-        ("cycle0/sae_weights.safetensors", lambda path: path.write_text(""), "cycle0: is damaged"),
+        (
+            "cycle0/sae_weights.safetensors",
+            lambda path: path.write_text("", "utf-8"),
+            "cycle0: is damaged",
+        ),
         ("cycle1/core.safetensors", lambda path: path.unlink(), "cycle1: is damaged"),
         ("tokens.bin", lambda path: os.truncate(path, 60_000), "tokens.bin: is not what it was"),
     ],
@@ -1690,17 +1696,94 @@ def test_ce_recovered_is_doubted_where_zeroing_helps(
     assert ("without layer 0 the loss is lower; ignore" in capsys.readouterr().out) == warned
 
 
+@pytest.mark.parametrize("name, out", [("lm", "runs/a"), ("hub/lm", "./runs/a"), ("lm", None)])
+def test_a_model_is_looked_for_where_its_run_began(name, out, story, tmp_path):
+    """That is as far above the run as --out says. A hub name must be no folder that is near."""
+    folder = shutil.copytree(story / "cycle0", tmp_path / "runs" / "a" / "cycle0")
+    [(tmp_path / p).mkdir(parents=True) for p in ("lm", "runs/lm", "runs/hub/lm", "runs/a/lm")]
+    cfg = json.loads((folder / "cfg.json").read_text("utf-8"))
+    cfg["metadata"] |= dict(model_name=name, config=dict(model=name, out=out) if out else {})
+    (folder / "cfg.json").write_text(json.dumps(cfg), "utf-8")
+    assert ev.open_sae(folder).cfg.model == (f"{tmp_path}/lm" if out == "runs/a" else name)
+
+
+def test_two_evaluations_at_once_write_two_files(story, tmp_path, monkeypatch):
+    """One that starts while another measures must not find its name free."""
+    words, measure = [f"{story}/cycle0", "--only=stability", f"--out={tmp_path}/e"], ev.measure
+    others = iter([[*words, "--seeds=8"]])
+    monkeypatch.setattr(ev, "measure", lambda *how: (*map(ev.main, others), measure(*how))[-1])
+    ev.main([*words, "--seeds=7"])
+    written = [json.loads((tmp_path / f"e{n}.json").read_text("utf-8")) for n in ("", "-2")]
+    assert [report["arguments"]["seeds"] for report in written] == ["[7]", "[8]"]
+
+
+CANNOT = [(" dog", {}, "reconstruction: .* nan or inf in held-out text")]
+CANNOT += [("7", {}, "labelled t_1.csv: .* nan or inf in labelled texts")]
+CANNOT += [("", dict(vocab_size=9), "labelled t_1.csv: .* ids from 9 on")]
+CANNOT += [("", dict(max_position_embeddings=3), "labelled t_1.csv: over 3 tokens")]
+
+
+@pytest.mark.parametrize("word, config, says", CANNOT)
+def test_the_others_go_on(word, config, says, story, lm, labels_csv, tmp_path, capsys, monkeypatch):
+    """What the model cannot read, or answers with NaN, must stop one metric, with one line."""
+    bad, read = torch.tensor(load_tiny(lm)[1](word)["input_ids"][-1:]), dmsae.residual_stream
+
+    def with_nan(model, layer, ids):
+        model.config.update(config)
+        return read(model, layer, ids).masked_fill(torch.isin(ids, bad)[..., None], math.nan)
+
+    [monkeypatch.setattr(module, "residual_stream", with_nan) for module in (ev, dmsae)]
+    words = "--only", "reconstruction", "probing", "stability", "--html", "--labelled", labels_csv
+    report, _ = report_of(capsys, story / "cycle0", *words, f"--out={tmp_path}/e")
+    rows = report["saes"][0]["metrics"].items()
+    (why,) = [f"{name}: {row['cannot_run']}" for name, row in rows if "cannot_run" in row]
+    assert re.match(says, why) and len(rows) == 3
+
+
+def test_labelled_files_are_read_as_people_write_them(tmp_path):
+    """Blank lines, .CSV and copies must do no harm; a lone surrogate and few texts be refused."""
+    rows, path = [(f"{c} {i % 60}", c) for c in "ab" for i in range(100)], tmp_path / "t.jsonl"
+    lines = [json.dumps(dict(text=text, label=c)) for text, c in rows]
+    (tmp_path / "t.CSV").write_text("\n".join(["text,label", *map(",".join, rows)]), "utf-8")
+    path.write_text("\n \n".join(["", *lines]), "utf-8")
+    for file in path, tmp_path / "t.CSV":
+        texts, labels, _ = ev.labelled(file)
+        assert (len({*texts}), Counter(labels)) == (120, dict(a=60, b=60))
+    for last, says in ("", "two are needed of 50"), (r'{"text": "\ud800"}', "surrogates"):
+        path.write_text("\n".join([*lines[:149], last]), "utf-8")
+        with pytest.raises(ValueError, match=says):
+            ev.labelled(path)
+
+
+def test_what_a_run_kept_of_nan_or_lost_is_no_figure(story, labels_csv, tmp_path, capsys):
+    """NaN of a training must be null; a lost SAE and a file named as another must be one line."""
+    run, words = shutil.copytree(story, tmp_path / "run"), [f"{story}/cycle0", "--only=stability"]
+    replace_in(run / "cycle0" / "cfg.json", '"ce": ', '"ce": NaN, "x": ')
+    assert report_of(capsys, run, words[1])[0]["stability"][f"{run}"][0]["ce"] is None
+    assert "same name" in refusal(capsys, [*words, "--labelled", *2 * [str(labels_csv)]], ev)
+    (run / "cycle3" / "sae_weights.safetensors").write_bytes(b"")
+    assert f"{run}/cycle3: is no SAE" in refusal(capsys, [f"{run}/cycle0", *words], ev)
+
+
+@pytest.mark.parametrize("name", ["dmsae.py", "eval.py", "test_dmsae.py"])
+def test_text_is_read_and_written_as_utf_8(name):
+    """Else Windows takes its own encoding. Binary files are the exception."""
+    for node in ast.walk(ast.parse((HERE / name).read_text("utf-8"))):
+        if isinstance(node, ast.Call) and not re.search("utf-8|'[rw]b'", call := ast.unparse(node)):
+            assert not re.search(r"(^|\.)open$|\.(read|write)_text$", ast.unparse(node.func)), call
+
+
 # ---- Files and command line ---------------------------------------------------------------------
 def test_what_is_there_stays_whole_where_writing_fails(tmp_path):
     """A file must keep its old content until the new one is complete."""
     path = tmp_path / "a.json"
     dmsae.write_json([1], path)
     with pytest.raises(KeyError), dmsae.written_whole(path) as part:
-        part.write_text("half")
+        part.write_text("half", "utf-8")
         raise KeyError
-    assert json.loads(path.read_text()) == [1]
+    assert json.loads(path.read_text("utf-8")) == [1]
     dmsae.write_json([2], path)
-    assert json.loads(path.read_text()) == [2]
+    assert json.loads(path.read_text("utf-8")) == [2]
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -2062,27 +2145,27 @@ def test_what_cannot_be_read_is_left_out_or_refused(letters, monkeypatch):
     noise[:, :26] = 0  # of single words only, none of which is in train and test
     silent = ready_sae(sae.W_enc, sae.W_dec, math.inf)
     for bad, f1 in (ready_sae(noise, noise), "0.[0-5]"), (silent, "0.00"):
-        with pytest.raises(ev.CannotRun, match=f"mean F1 is {f1}"):
+        with pytest.raises(ValueError, match=f"mean F1 is {f1}"):
             ev.absorption(model, 0, tokenizer, bad)
     task = copy.deepcopy(task)
     task.probes[[0, 25]] = F.pad(torch.zeros(1066), (0, 1), value=-1)
     monkeypatch.setattr(ev, "spelling_task", lambda *words: task)
     assert "".join(ev.absorption(model, 0, tokenizer, sae)["details"]) == "bcdefghijklmnopqrstuvwxy"
     monkeypatch.setattr(ev, "MIN_LETTERS", 25)
-    with pytest.raises(ev.CannotRun, match="read 24 of 26"):
+    with pytest.raises(ValueError, match="read 24 of 26"):
         ev.absorption(model, 0, tokenizer, sae)
 
 
 def test_labelled_texts_are_read_evenly(tmp_path):
-    """Rows must be complete, of classes of ten or more, as many of each, in UTF-8 of any kind."""
-    sizes, path = dict(a=40, b=21, c=9), tmp_path / "t.jsonl"
+    """Rows must be complete, of classes of fifty or more, as many of each, in UTF-8 of any kind."""
+    sizes, path = dict(a=91, b=71, c=50), tmp_path / "t.jsonl"
     rows = [dict(words=f"{c} é {i}" * (i > 0), topic=c) for c, n in sizes.items() for i in range(n)]
     path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    texts, labels, spurious = ev.labelled(path, ("words", "topic"), budget=30)
-    assert (Counter(labels), len({*texts}), spurious) == (dict(a=15, b=15), 30, None)
+    texts, labels, spurious = ev.labelled(path, ("words", "topic"), budget=120)
+    assert (Counter(labels), len({*texts}), spurious) == (dict(a=60, b=60), 120, None)
     assert all(t.split()[:2] == [c, "é"] for t, c in zip(texts, labels, strict=True))
     texts, labels, same = ev.labelled(path, ("words", "topic", "topic"))
-    assert (Counter(labels), [*same]) == (dict(a=39, b=20), [*labels])
+    assert (Counter(labels), [*same]) == (dict(a=90, b=70), [*labels])
     lines = [f'"text, {i}",{i % 2}' for i in range(12_000)]
     lines[11_000], lines[3] = "text,", ",1"  # One missing label must not turn 1 into 1.0.
     (tmp_path / "t[1].csv").write_text("\n".join(["text,label", *lines]), "utf-8-sig")
@@ -2236,8 +2319,8 @@ def test_scr_equals_a_naive_reference():
 
 
 def test_scr_takes_the_pairs_with_the_most_texts():
-    """It must take the four whose smallest of four cells is the largest, and is 20 at least."""
-    sizes = dict(a=30, b=25, c=20, d=22, e=19)
+    """It must take the four whose smallest of four cells is the largest, and is 50 at least."""
+    sizes = dict(a=60, b=55, c=50, d=52, e=49)
     labels = [c for c, n in sizes.items() for _ in range(2 * n)]
     values = [v for n in sizes.values() for v in "uv" for _ in range(n)]
     found = ev.scr_cells(labels, values)
@@ -2245,7 +2328,7 @@ def test_scr_takes_the_pairs_with_the_most_texts():
     assert pairs == ["ab", "ad", "bd", "ac"]
     assert str(ev.scr_cells(np.array(labels), np.array(values, object))) == str(found)
     for bad in None, ["u"] * len(labels), ["u" if c == "a" else "v" for c in labels]:
-        with pytest.raises(ev.CannotRun, match="third column"):
+        with pytest.raises(ValueError, match="third column"):
             ev.scr_cells(labels, bad)
 
 
@@ -2257,12 +2340,10 @@ def test_stability_equals_sets_of_births(story):
         now = {*map(tuple, core["birth"].tolist())}
         both = len(now & before)
         assert (row["cycle"], row["core"], row["kept"]) == (n, len(now), both)
-        assert row["jaccard"] == pytest.approx(both / len(now | before))
-        assert row["identity_overlap"] == pytest.approx(both / max(1, len(before)))
-        assert row["votes"] == Counter(core["votes"].tolist())
+        assert (row["new"], row["dropped"]) == (len(now - before), len(before - now))
         assert row["births"] == Counter(training for training, _ in now)
         before = now
-    assert n == 3 and 0 < row["jaccard"] < row["identity_overlap"]
+    assert n == 3 and 0 < row["kept"] < row["core"]
     assert ev.stability(f"{story}/cycle3") == row
 
 
@@ -2328,24 +2409,27 @@ def labels_csv(tmp_path_factory):
     """Labelled texts of the tiny model's words, with a spurious label."""
     path = tmp_path_factory.mktemp("labels") / "t_1.csv"
     starts, ends = ("the cat sat", "a bird sang"), ("song", "loud")
-    rows = [f"{starts[i % 2]} {ends[i // 2 % 2]} {i},{i % 2},{i // 2 % 2}" for i in range(120)]
-    path.write_text("\n".join(["text,label,spurious", *rows]))
+    rows = [f"{starts[i % 2]} {ends[i // 2 % 2]} {i},{i % 2},{i // 2 % 2}" for i in range(200)]
+    path.write_text("\n".join(["text,label,spurious", *rows]), "utf-8")
     return path
 
 
 def test_a_command_measures_all(letters, story, labels_csv, tmp_path, capsys, monkeypatch):
     """Metrics must have figures, those of the training, or a reason, and figures a meaning."""
-    spies = [spied(monkeypatch, ev, name) for name in ("reconstruction", "pooled", "tried")]
+    tried = spied(monkeypatch, ev, "tried")
     run, columns = shutil.copytree(story, tmp_path / "out"), ["text", "label", "spurious"]
     words = story, run, "--labelled", labels_csv, "--columns", *columns, "--seeds", 0, 1, "--html"
-    report, lines = report_of(capsys, *words, "--tokens", 20_000, "--out", tmp_path / "e.json")
+    report, lines = report_of(capsys, *words, "--tokens", 26_000, "--out", tmp_path / "e.json")
     assert [sae["folder"] for sae in report["saes"]] == ["out/cycle0", "out/cycle3"] * 2
     assert (report["arguments"]["seeds"], len(report["stability"])) == ("[0, 1]", 2)
     code, notes = metadata(story, 3)["checksum"], report["notes"]
-    assert lines[2:4] == notes
+    at = lines.index(notes[0])
+    assert lines[at : at + 3] == notes
     assert notes[0].endswith(f"the one that the SAEs were trained on (checksum {code})")
     assert re.fullmatch("text: .* tokens in contexts of 32, held out by the run out", notes[1])
-    calls = [call for spy in spies for call, _ in spy if call[0] not in (ev.scr, ev.stability)]
+    assert re.fullmatch("t_1.csv, each text once: {'[01]': 100, '[01]': 100}", notes[2])
+    measures = ev.reconstruction, ev.absorption, ev.pooled
+    calls = [call for call, _ in tried if call[0] in measures]
     limit = 5 * metadata(story, 3)["median_norm"]
     assert [call[-1] for call in calls] == [limit] * 12  # three metrics of four SAEs
     plain, last, *_ = (sae["metrics"] for sae in report["saes"])
@@ -2362,7 +2446,7 @@ def test_a_command_measures_all(letters, story, labels_csv, tmp_path, capsys, mo
     kinds = "sae_top_1_test_accuracy", "tpp_threshold_20_total_metric", "scr_metric_threshold_20"
     shown += [f"{metric}: {kind}" for metric, kind in zip(labelled, kinds, strict=True)]
     shown += ["stability: core", "stability: kept"]
-    assert [line.split("  ")[0] for line in lines[5:-4]] == shown
+    assert [line.split("  ")[0] for line in lines[at + 4 : -4]] == shown
     assert report["agreement"][f"{story} and {run}"]["core"]["decoder"] == pytest.approx(1)
     assert lines[-4].startswith(f"PW-MCC of {story} and {run}, core [")
     assert ": 1.000, random directions 0." in lines[-4]
@@ -2382,6 +2466,7 @@ def test_the_page_holds_what_it_shows(story, tmp_path, capsys):
     data, core = data_of(page), saved_core(story, 3)
     assert (data["all"], data["notes"]) == (ev.every_figure(report), report["notes"])
     assert len(*data["stability"].values()) == 4
+    assert len(data["scores"]) == len(data["density"]) == load_sae(story / "cycle3").widths[0]
     order = core["score"].argsort(descending=True)
     assert data["core"]["index"] == core["index"][order].tolist()
     assert len(data["contexts"]) == len(data["raises"]) == len(order)
@@ -2390,7 +2475,6 @@ def test_the_page_holds_what_it_shows(story, tmp_path, capsys):
         assert (len(raised), len(peaks)) == (8, 4)
         assert peaks == sorted(peaks, reverse=True)
         assert peaks[0] == pytest.approx(1) or not any(peaks)
-    assert len(data["scores"]) == len(data["density"]) == load_sae(story / "cycle3").widths[0]
     metrics = {"<u>": dict(cannot_run="because </script><b>")}
     report |= dict(model="<b>", notes=["<i>&"], saes=[dict(folder="a<", metrics=metrics)])
     page = ev.page(report, dict(raises=[["</script>"]]))
@@ -2446,9 +2530,11 @@ def test_a_foreign_folder_is_measured_unchecked(story, lm, labels_csv, tmp_path,
     """SAELens's files must be enough, and the report say that model and run are not known."""
     foreign = shutil.copytree(story / "cycle0", tmp_path / "hub" / "sae")
     (foreign / "core.safetensors").unlink()
-    cfg, known = json.loads((foreign / "cfg.json").read_text()), metadata(story, 0)
+    cfg, known = json.loads((foreign / "cfg.json").read_text("utf-8")), metadata(story, 0)
     names = "sae_lens_version", "model_name", "context_size", "hook_name", "prepend_bos"
-    (foreign / "cfg.json").write_text(json.dumps(cfg | dict(metadata={n: known[n] for n in names})))
+    (foreign / "cfg.json").write_text(
+        json.dumps(cfg | dict(metadata={n: known[n] for n in names})), "utf-8"
+    )
     w, factor = weights(story, 0), 0.2 + torch.rand(128)
     w |= {name: w[name] / factor for name in ("W_enc", "b_enc", "threshold")}
     save_file(w | dict(W_dec=w["W_dec"] * factor[:, None]), foreign / "sae_weights.safetensors")
@@ -2510,10 +2596,10 @@ def test_runs_of_other_texts_are_refused(story, tmp_path, capsys, file, change, 
 
 def test_a_given_text_is_cut_by_its_own_separator(story, lm, tmp_path, capsys, monkeypatch):
     """It must be cut as --separator says, the run's own be named, and nothing be overwritten."""
-    docs = (lm / "text.txt").read_text().split("|||")
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(dict(doc=doc)) for doc in docs))
-    (tmp_path / "t.txt").write_text("\n".join(docs))
-    (tmp_path / "e.html").write_text("precious")
+    docs = (lm / "text.txt").read_text("utf-8").split("|||")
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(dict(doc=doc)) for doc in docs), "utf-8")
+    (tmp_path / "t.txt").write_text("\n".join(docs), "utf-8")
+    (tmp_path / "e.html").write_text("precious", "utf-8")
     opened = spied(monkeypatch, ev, "open_contexts")
     for text, flags, cut, out, free in (
         (lm / "text.txt", [], False, "e", "e-2"),
@@ -2524,14 +2610,15 @@ def test_a_given_text_is_cut_by_its_own_separator(story, lm, tmp_path, capsys, m
         words = "--only", "stability", "probing", "--tokens", 2000, "--text", text, *flags
         report, lines = report_of(capsys, story / "cycle0", *words, "--out", tmp_path / out)
         assert lines[-1] == f"written: {tmp_path}/{free}.json"
-        assert ("not cut at the run's --separator '|||'" in lines[2]) == ("|||" not in flags)
+        given = flags[1] if "--separator" in flags else None
+        assert f"--separator {given!r} (of the first SAE: '|||')" in report["notes"][1]
         assert [line for line in lines if "--labelled FILE" in line] == report["notes"][2:]
-        assert ("stability: jaccard" in "".join(lines)) == ("--all" in flags)
+        assert ("stability: dropped" in "".join(lines)) == ("--all" in flags)
         ids, keep, _ = opened[-1][1]
         assert ids.shape == (62, 32)
         assert ((ids[:, 1:] == 2).sum() > 5) == cut
     assert all(torch.equal(opened[1][1][0], same[0]) for _, same in opened[2:])
-    assert (tmp_path / "e.html").read_text() == "precious"
+    assert (tmp_path / "e.html").read_text("utf-8") == "precious"
 
 
 def test_paths_may_be_given_from_anywhere(lm, labels_csv, tmp_path, capsys, monkeypatch):
@@ -2549,7 +2636,7 @@ def test_paths_may_be_given_from_anywhere(lm, labels_csv, tmp_path, capsys, monk
         report, _ = report_of(capsys, folder, *only, "--labelled", labels, "--out", "e")
         seen.append((report["model"], report["notes"], report["saes"]))
     assert seen[0] == seen[1] == seen[2] == seen[3]
-    model, (_, text), (sae,) = seen[0]
+    model, (_, text, *_), (sae,) = seen[0]
     assert (model, sae["folder"]) == (f"{work}/lm", "a/cycle0")
     assert text.endswith("held out by the run a")
     (work / "runs" / "a" / "tokens.bin").unlink()
@@ -2599,18 +2686,18 @@ def test_bad_input_of_eval_is_one_line(says, words, story, tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     shutil.copytree(story, "RUN")
     for name, text in BAD_FILES.items():
-        Path(name).write_text(text)
+        Path(name).write_text(text, "utf-8")
     if re.match("cycle|tokens", words.strip()):
         file, *change = words.strip().split(":")
         path, words = Path("RUN", file), "RUN"
-        path.write_text(path.read_text().replace(*change) if change else "")
+        path.write_text(path.read_text("utf-8").replace(*change) if change else "", "utf-8")
     before = {*Path().rglob("*")}
     assert says in refusal(capsys, words.split(), ev)
     assert {*Path().rglob("*")} <= before
 
 
 # ---- README: its commands parse, its pieces paste, its claims hold ------------------------------
-README = (HERE / "README.md").read_text()
+README = (HERE / "README.md").read_text("utf-8")
 PASTE_HEAD = "import torch\nimport torch.nn.functional as F\nfrom torch import nn"
 
 
@@ -2629,7 +2716,7 @@ def readme_pieces():
 
 def paste(name):
     """An empty module with a piece of dmsae.py, and with nothing but what the table says."""
-    source = (HERE / "dmsae.py").read_text()
+    source = (HERE / "dmsae.py").read_text("utf-8")
     take, imports = readme_pieces()[name]
     found = {w: re.search(rf"(?m)^from (\S+) import .*\b{w}\b", source) for w in imports}
     code = [f"from {m[1]} import {w}" if m else f"import {w}" for w, m in found.items()]
@@ -2698,7 +2785,7 @@ def test_readme_commands_parse(tmp_path):
     stub = f"python() {{ printf '%s\\0' \"$@\" END >> {tmp_path}/log; echo 0.1 0.2 0.3 0.4; }}"
     script = "\n".join([stub, "pip() { true; }", *lines, *readme_blocks("sh")])
     subprocess.run(["bash", "-euc", script], check=True, capture_output=True, cwd=tmp_path)
-    calls = (tmp_path / "log").read_text().split("END\0")[:-1]
+    calls = (tmp_path / "log").read_text("utf-8").split("END\0")[:-1]
     given = {"dmsae.py": [], "eval.py": [], "test_dmsae.py": [], "evidence.py": [], "-m": []}
     for name, *words in (call.split("\0")[:-1] for call in calls):
         given[name].append(words)
@@ -2711,10 +2798,10 @@ def test_readme_commands_parse(tmp_path):
 
 
 def test_readme_line_counts_are_true():
-    """The lines of each file must be as claimed, and must not grow past 1,080."""
-    for name in ("dmsae.py", "eval.py"):
+    """The lines of each file must be as claimed, and must not grow."""
+    for name, most in (("dmsae.py", 1150), ("eval.py", 1000)):
         (claimed,) = re.findall(rf"\| `{name}` \| (\d+) \|", README)
-        assert int(claimed) == len((HERE / name).read_text().splitlines()) <= 1080
+        assert int(claimed) == len((HERE / name).read_text("utf-8").splitlines()) <= most
 
 
 def test_readme_snippets_run(story, tmp_path, monkeypatch):
@@ -2749,7 +2836,7 @@ def peak_gib(device):
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
     with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text("utf-8")
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20
     return math.nan  # Only Linux says it.
 
@@ -2803,7 +2890,7 @@ def benchmark_model(cfg, model, sae, x, step_ms):
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(cfg.device)
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")
     block = torch.ones(64 * cfg.batch, lm.hidden_size, dtype=model.dtype, device=cfg.device)
     step = step_cases(sae, x, cfg.k)["step"]
     step()
