@@ -2045,6 +2045,8 @@ def test_a_further_main_latent_must_add_to_the_f1(sizes, n):
     y = torch.arange(200) < 100
     main, f1 = ev.main_latents(torch.arange(len(sizes)), f, y, f, y)
     assert main.tolist() == list(range(n)) and f1 > 0.94
+    on, rare = y.float()[:, None], torch.arange(200) < 20  # on at 100, of which 20 are of a letter
+    assert ev.main_latents(torch.tensor([0]), on, rare, on, rare)[1] == pytest.approx(40 / 120)
 
 
 class Words(tuple):
@@ -2149,8 +2151,12 @@ def test_what_cannot_be_read_is_left_out_or_refused(letters, monkeypatch):
             ev.absorption(model, 0, tokenizer, bad)
     task = copy.deepcopy(task)
     task.probes[[0, 25]] = F.pad(torch.zeros(1066), (0, 1), value=-1)
+    task.x_test[task.y_test == 1] *= torch.arange((task.y_test == 1).sum())[:, None] > 0
     monkeypatch.setattr(ev, "spelling_task", lambda *words: task)
+    scored = spied(monkeypatch, ev, "absorption_scores")
     assert "".join(ev.absorption(model, 0, tokenizer, sae)["details"]) == "bcdefghijklmnopqrstuvwxy"
+    read = (ev.probe_logits(task.x_test, task.probes) > 0).gather(1, task.y_test[:, None]).sum()
+    assert sum(len(call[0]) for call, _ in scored) == read
     monkeypatch.setattr(ev, "MIN_LETTERS", 25)
     with pytest.raises(ValueError, match="read 24 of 26"):
         ev.absorption(model, 0, tokenizer, sae)
@@ -2179,9 +2185,10 @@ def test_pooled_equals_text_by_text(lm, share):
     """Means within the limit must be those of each text; to move one must be to zero latents."""
     model, tokenizer = load_tiny(lm)
     sae = random_sae(32, dtype=torch.float32)
-    texts = ["the cat sat", "dog", "a bird sang a loud song of spring " * 20]
+    texts = ["the cat<eos> sat", "dog", "a bird sang a loud song of spring " * 20]
     rows = [[2, *tokenizer(t, add_special_tokens=False)["input_ids"]][:12] for t in texts]
-    xs = [dmsae.residual_stream(model, 0, torch.tensor([row]))[0, 1:] for row in rows]
+    xs = [dmsae.residual_stream(model, 0, torch.tensor([row]))[0] for row in rows]
+    xs = [x[torch.tensor(row) > 2] for x, row in zip(xs, rows, strict=True)]  # none that is special
     limit = 1.001 * torch.cat(xs).norm(dim=1).quantile(share).item()
     X, A = ev.pooled(model, 0, tokenizer, sae, texts, 12, limit)
     for i, x in enumerate(xs):
@@ -2350,7 +2357,8 @@ def test_stability_equals_sets_of_births(story):
 def test_assignment_equals_brute_force():
     """It must have the least cost of all matchings, and find a planted order in noise."""
     rng = np.random.default_rng(0)
-    for n, m in itertools.combinations_with_replacement(range(1, 7), 2):
+    sizes = [*itertools.combinations_with_replacement(range(1, 7), 2), *[(5, 5)] * 60]
+    for n, m in sizes:  # In few of a size does the price of a column matter.
         for cost in rng.integers(0, 4, (n, m)).astype(float), rng.normal(size=(n, m)):
             row_of = ev.assignment(cost)
             taken = row_of >= 0
@@ -2368,7 +2376,7 @@ def test_assignment_equals_brute_force():
     assert 0.9 < ev.pw_mcc(a, b[:50]) == pytest.approx(ev.pw_mcc(b[:50], a))
 
 
-def test_agreement_of_planted_runs_beside_its_baselines(tmp_path):
+def test_agreement_of_planted_runs_beside_its_baselines(tmp_path, monkeypatch):
     """Runs that share their cores and nothing else must have a PW-MCC of 1 for the cores only."""
     torch.manual_seed(0)
     runs, shared, birth = [tmp_path / "a", tmp_path / "b"], torch.randn(20, 64), torch.zeros(20, 2)
@@ -2379,7 +2387,9 @@ def test_agreement_of_planted_runs_beside_its_baselines(tmp_path):
         about = SimpleNamespace(cfg=Config(d_sae=100), checksum="0", median_norm=1.0)
         run.mkdir()
         dmsae.save_cycle(about, run / "cycle0", 0, sae, core, {})
+    matched = spied(monkeypatch, ev, "pw_mcc")
     r = ev.agreement(*runs)
+    assert all((a < 0).any() for (a, _), _ in matched), "random directions are of either sign"
     core, drawn, prefix = r.values()
     assert [*r] == ["core", "drawn from prefix 0", "prefix 0"]
     assert (core["n"], drawn["n"], prefix["n"]) == ([20, 20], [20, 20], [60, 60])
@@ -2458,8 +2468,9 @@ def test_a_command_measures_all(letters, story, labels_csv, tmp_path, capsys, mo
     assert found == {*data["meaning"]}
 
 
-def test_the_page_holds_what_it_shows(story, tmp_path, capsys):
+def test_the_page_holds_what_it_shows(story, tmp_path, capsys, monkeypatch):
     """It must hold all figures and the core's latents with their peaks; no text is HTML."""
+    pages = spied(monkeypatch, ev, "core_page")
     report, _ = report_of(capsys, story, "--only", "stability", "--html", "--out", tmp_path / "e")
     page = (tmp_path / "e.html").read_text("utf-8")
     assert not re.search(r'(src|href)="?http|@import|document.write', page)
@@ -2475,6 +2486,10 @@ def test_the_page_holds_what_it_shows(story, tmp_path, capsys):
         assert (len(raised), len(peaks)) == (8, 4)
         assert peaks == sorted(peaks, reverse=True)
         assert peaks[0] == pytest.approx(1) or not any(peaks)
+    ((given, _),) = pages
+    given[-1].sae.threshold.fill_(math.inf)  # All latents are off: no token may be shaded.
+    silent = ev.core_page(*given)["contexts"]
+    assert not any(any(shades) for contexts in silent for _, shades in contexts)
     metrics = {"<u>": dict(cannot_run="because </script><b>")}
     report |= dict(model="<b>", notes=["<i>&"], saes=[dict(folder="a<", metrics=metrics)])
     page = ev.page(report, dict(raises=[["</script>"]]))
@@ -2694,6 +2709,30 @@ def test_bad_input_of_eval_is_one_line(says, words, story, tmp_path, capsys, mon
     before = {*Path().rglob("*")}
     assert says in refusal(capsys, words.split(), ev)
     assert {*Path().rglob("*")} <= before
+
+
+def test_trainings_come_in_the_order_of_their_numbers(tmp_path):
+    """Training 10 must come after training 2, and no other folder count."""
+    for name in "cycle10", "cycle2", "cycle0", "cycle1.part", "cyclex", "cycle3":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("cfg.json" if name == "cycle3" else "core.safetensors")).touch()
+    assert [path.name for path in ev.cycles(tmp_path)] == ["cycle0", "cycle2", "cycle10"]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+def test_the_pages_script_draws_the_share_of_the_best_latents():
+    """In a document of stubs it must run, and the attribution curve must end at 1."""
+    core = dict(index=[2], score=[3.0], density=[0.1], birth=[[0, 2]], votes=[1])
+    of_core = dict(core=core, contexts=[[]], raises=[[]], scores=[1.0, 3.0, 4.0], density=[0.1] * 3)
+    page = ev.page(dict(model="m", layer=0, notes=[], saes=[], stability={}), of_core)
+    code = "const all = {}, stub = () => ({ innerHTML: '', value: '', children: [] })\n"
+    code += "const document = { getElementById: id => (all[id] = all[id] ?? stub()) }\n"
+    data = json.dumps(json.dumps(data_of(page)))
+    code += f"document.getElementById('data').textContent = {data}\n"
+    code += re.search(r"</script><script>(.*)</script>", page, re.S)[1]
+    node = ["node", "-e", code + "\nconsole.log(all.charts.innerHTML)"]
+    drawn = subprocess.run(node, capture_output=True, text=True, check=True).stdout
+    assert re.findall("<title>attribution: .* (.*)</title>", drawn) == ["0.5", "0.875", "1"]
 
 
 # ---- README: its commands parse, its pieces paste, its claims hold ------------------------------
