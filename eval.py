@@ -898,7 +898,7 @@ def free_path(out):
 # ---- The command line ---------------------------------------------------------------------------
 def parse(argv=None):
     """Command line -> argparse's namespace. What cannot be read ends with one line and code 2."""
-    parser = argparse.ArgumentParser("eval.py", allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="eval.py FOLDER ... [flags]", allow_abbrev=False)
     parser.error = lambda why: parser.exit(2, f"eval: {why}; --help shows all flags\n")
     add = parser.add_argument
     path = dict(type=lambda given: Path(given).resolve())  # "." and a link have other parents.
