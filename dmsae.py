@@ -28,7 +28,7 @@ import os
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -36,7 +36,7 @@ from typing import Annotated, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -50,6 +50,8 @@ BLOCK = 262_144  # tokens that are harvested and shuffled together: enough to mi
 LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # of the package `datasets`
 # What SAELens must know of an SAE, to compute what `MatryoshkaSAE.encode` does.
 SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
+# Other settings of SAELens that change what an SAE computes. They must be absent or "none".
+CHANGING = ["reshape_activations", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor"]
 
 
 @dataclass
@@ -431,8 +433,8 @@ def distil(run):
             result |= dict(dead=dead, tokens=cfg.tokens)
             journal.log(result)
             save_cycle(run, folder, training, sae, core, result)
-        Path(cfg.out, f"checkpoint{cycle}.pt").unlink(missing_ok=True)
         core, result = load_cycle(folder)
+        Path(cfg.out, f"checkpoint{cycle}.pt").unlink(missing_ok=True)
         results.append(result)
     print_table(cfg, core, results)
     print(f"SAEs and cores are in {cfg.out}/cycle*; next: python eval.py {cfg.out}")
@@ -554,10 +556,12 @@ def load_model(cfg):
 def check_layer(model, layer, ids):
     """Raise ValueError unless what is read at `layer` is what transformers calls its output."""
     states = model(ids, use_cache=False, output_hidden_states=True).hidden_states or ()
-    outputs = states[1:-1]  # States begin with the embedding. The last one is normalised.
-    if layer >= len(outputs):
+    # Most models put the embedding first, some do not. The last state is normalised.
+    outputs = states[:-1][layer : layer + 2]
+    read = residual_stream(model, layer, ids)
+    if len(outputs) < 2:
         print(f"not checked: whether the output of layer {layer} is what transformers gives")
-    elif not torch.allclose(outputs[layer], residual_stream(model, layer, ids), rtol=1e-2):
+    elif min((h - read).norm() / h.norm() for h in outputs) > 0.01:
         raise ValueError(f"--layer {layer}: another module than the decoder layer is read")
 
 
@@ -671,9 +675,15 @@ def mean_loss(model, layer, ids, keep, replace):
 
 # ---- 3.2 Text ---------------------------------------------------------------
 def text_files(text):
-    """The files that --text names: itself, or all in the folder that have a suffix of LOADERS."""
+    """The files that --text names: itself, or all in the folder that have a suffix of LOADERS.
+    Raises ValueError where there are none, or of several kinds."""
     files = sorted(Path(text).rglob("*")) if Path(text).is_dir() else [Path(text)]
-    return [file for file in files if file.suffix.lower() in LOADERS and file.is_file()]
+    files = [file for file in files if file.suffix.lower() in LOADERS and file.is_file()]
+    kinds = {file.suffix.lower() for file in files}
+    if len(kinds) != 1:
+        must = f"must be an existing file, or a folder of such, in one of {', '.join(LOADERS)}"
+        raise ValueError(f"--text {text}: {must}; it has {', '.join(sorted(kinds)) or 'none'}")
+    return files
 
 
 def documents(cfg):
@@ -957,8 +967,14 @@ def locked(folder):
     """A lock (for `with`) that keeps other runs out of `folder`. It does not outlive a program,
     however that ends. Raises ValueError where another run has it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with refusing(f"{folder}: is in use by another run; try another --out"):
-        return FileLock(f"{folder}/lock").acquire(timeout=0)
+    lock = FileLock(f"{folder}/lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout as e:
+        raise ValueError(f"{folder}: is in use by another run; try another --out") from e
+    except (OSError, NotImplementedError) as e:
+        print(f"not locked, so start no other run in {folder}: {e!r}")
+        return nullcontext()
 
 
 def read_json(path):
@@ -1010,9 +1026,9 @@ def load_sae(folder, device="cpu"):
     """The SAE in a folder of SAELens' `jumprelu` layout, ours or another's."""
     with refusing(f"{folder}: is no SAE folder of cfg.json and sae_weights.safetensors"):
         cfg = read_json(f"{folder}/cfg.json")
-        neutral = {"d_in", "d_sae", "dtype", "device", "metadata"}
-        settings = {key: value or "none" for key, value in cfg.items() if key not in neutral}
-        other = {k: v for k, v in settings.items() if v != SAELENS.get(k, "none")}
+        settings = {key: cfg.get(key, "none") or "none" for key in CHANGING}
+        other = {key: v for key, v in settings.items() if v != "none"}
+        other |= {key: cfg[key] for key, v in SAELENS.items() if cfg.get(key, v) != v}
         if other:
             raise ValueError(f"its {other} would change the result: only {SAELENS} is read")
         ours = dict(widths=[cfg["d_sae"]], n_core=0) | (cfg.get("metadata") or {})
@@ -1108,10 +1124,8 @@ def check(cfg):
         raise ValueError(f"--tokens {cfg.tokens}: {must}")
     cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # Is there room for the core?
     if cfg.text and cfg.text != f"{cfg.out}/model/text.jsonl":
-        if len({file.suffix.lower() for file in text_files(cfg.text)}) != 1:
-            must = f"must be an existing file, or a folder of such, in one of {', '.join(LOADERS)}"
-            raise ValueError(f"--text {cfg.text}: {must}")
-    elif not cfg.text and (Path(cfg.dataset).exists() or Path(cfg.dataset.split(":")[0]).exists()):
+        text_files(cfg.text)
+    elif not cfg.text and (Path(cfg.dataset).is_dir() or Path(cfg.dataset.split(":")[0]).is_dir()):
         raise ValueError(f"--dataset {cfg.dataset}: is a folder here; name it by --text")
     with refusing(f"--device {cfg.device}: must be cpu, cuda or cuda:N"):
         torch.empty(0, device=cfg.device)
