@@ -1125,6 +1125,8 @@ def check(cfg):
     cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # Is there room for the core?
     if cfg.text and cfg.text != f"{cfg.out}/model/text.jsonl":
         text_files(cfg.text)
+        if Path(cfg.out).resolve().is_relative_to(Path(cfg.text).resolve()):
+            raise ValueError(f"--text {cfg.text}: holds --out {cfg.out}; try another --out")
     elif not cfg.text and (Path(cfg.dataset).is_dir() or Path(cfg.dataset.split(":")[0]).is_dir()):
         raise ValueError(f"--dataset {cfg.dataset}: is a folder here; name it by --text")
     with refusing(f"--device {cfg.device}: must be cpu, cuda or cuda:N"):

@@ -1623,6 +1623,8 @@ def test_a_folder_of_two_kinds_and_a_local_dataset_are_refused(lm, tmp_path, cap
         assert f"--dataset {dataset}: is a folder here; name it by --text" in line
     (tmp_path / "c:d/b.jsonl").touch()
     assert "in one of .txt, .jsonl" in refusal(capsys, command(lm, "out", text="c:d"))
+    (tmp_path / "c:d/b.jsonl").unlink()
+    assert "holds --out c:d/out" in refusal(capsys, command(lm, "c:d/out", text="c:d"))
 
 
 def test_a_changed_file_of_a_text_folder_is_another_text(lm, tmp_path, capsys):
