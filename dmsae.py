@@ -6,7 +6,7 @@
         scores = attribute(model, sae)          # |activation x gradient|, next-token loss
         core   = select_core(scores, 0.9)       # the fewest latents that hold 90 % of the score;
                                                 # their encoder rows travel, frozen
-    python dmsae.py --demo                      # in miniature: no network, no GPU, four minutes
+    python dmsae.py --demo                      # in miniature: no network, no GPU, three minutes
     python dmsae.py --cycles 5 --k 64           # Gemma-2-2B, layer 12, 65,536 latents, one GPU
 
 Part 1 is the method, in the plainest code that says it. Part 2 is the loss of Part 1 again, with
@@ -47,7 +47,8 @@ from tqdm import tqdm
 DEMO = dict(layer=1, ctx=128, d_sae=2048, k=16, batch=512, lr=6e-3, cycles=3)
 DEMO |= dict(tokens=400_000, attribution_tokens=60_000)  # the defaults of the flags under --demo
 BLOCK = 262_144  # tokens that are harvested and shuffled together: enough to mix many documents
-LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # of the package `datasets`
+LOADERS = {".txt": dict(path="text", sample_by="document")}  # By line, line breaks would be lost.
+LOADERS |= {".jsonl": dict(path="json"), ".parquet": dict(path="parquet")}  # for `load_dataset`
 # What SAELens must know of an SAE, to compute what `MatryoshkaSAE.encode` does.
 SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
 # Other settings of SAELens that change what an SAE computes. They must be absent or "none".
@@ -75,9 +76,7 @@ class Config:
     cycles: Annotated[int, "trainings with a core, after the plain training 0", 0, 999] = 5
     core_sparsity: Annotated[Literal["gated", "dynamic"], "keep a core latent's gate?"] = "gated"
     coverage: Annotated[float, "share of the score that the core must hold", 1e-6, 1] = 0.9
-    select: Annotated[Literal["attribution", "frequency", "random"], "ranks the core"] = (
-        "attribution"
-    )
+    select: Annotated[Literal["attribution", "frequency", "random"], "ranks cores"] = "attribution"
     attribution_tokens: Annotated[int, "held-out tokens for attribution", 1, 10**11] = 1_000_000
     eval_tokens: Annotated[int, "held-out tokens for evaluation", 1, 10**11] = 131_072
     core: Annotated[str, "a core.safetensors to start training 0 with"] = None
@@ -690,18 +689,16 @@ def documents(cfg):
     """Yield the documents of --text or --dataset."""
     from datasets import load_dataset
 
-    source = cfg.dataset.split(":", 1)  # name, configuration
-    options = dict(split="train", streaming=True)
+    name, _, configuration = cfg.dataset.partition(":")
+    source = dict(path=name, name=configuration or None)
     if cfg.text:
         files = text_files(cfg.text)
-        source = [LOADERS[files[0].suffix.lower()]]
-        options["data_files"] = [glob.escape(str(f)) for f in files]  # t[1].txt is no pattern.
-    if source == ["text"]:
-        options["sample_by"] = "document"  # The default, a line, loses the line breaks.
+        escaped = [glob.escape(str(file)) for file in files]  # t[1].txt is no pattern.
+        source = dict(LOADERS[files[0].suffix.lower()], data_files=escaped)
     # A shell hands \n over as two letters. The default, a zero byte, splits no text.
     separator = (cfg.separator or "\0").replace("\\n", "\n")
     with refusing(f"{cfg.text or cfg.dataset}: cannot be read"):
-        for row in load_dataset(*source, **options):
+        for row in load_dataset(**source, split="train", streaming=True):
             text = row.get(cfg.text_column, 0)
             if not isinstance(text, str | None):  # An empty text may be None.
                 must = f"must be a column of text, of {', '.join(row)}"
@@ -776,9 +773,7 @@ class Run:
         known = known_settings(cfg, self.checksum)
         evaluation, attribution, self.rows = open_text(cfg, self.model, tokenizer, cfg.out)
         passes = cfg.tokens / self.rows.size
-        print(
-            f"to evaluate: {evaluation.size} tokens; a training reads its part {passes:.2f} times"
-        )
+        print(f"to evaluate: {evaluation.size} tokens; training reads its part {passes:.2f} times")
         measured = known.get("measured") or self.measure_scale()
         if measured.setdefault("rows", len(self.rows)) != len(self.rows):
             raise ValueError(f"{cfg.out}/tokens.bin: is not what it was; move it away")
@@ -896,11 +891,10 @@ class Journal:
     def restore(self, sae, adam, silent):
         """Fill in what the checkpoint holds, if there is one."""
         self.sae, self.adam, self.silent = sae, adam, silent
-        if "sae" in self.saved:
-            sae.load_state_dict(self.saved["sae"])
-            adam.load_state_dict(self.saved["adam"])
-            silent.copy_(self.saved["silent"])
-        self.saved = dict(step=self.saved["step"])  # The rest is large.
+        if "sae" in self.saved:  # pop(), because they are large and not needed again.
+            sae.load_state_dict(self.saved.pop("sae"))
+            adam.load_state_dict(self.saved.pop("adam"))
+            silent.copy_(self.saved.pop("silent"))
 
     def after_step(self, step, loss, fired, n_dead):
         """Write about ten rows in a training, and a checkpoint every few minutes."""
@@ -1026,8 +1020,7 @@ def load_sae(folder, device="cpu"):
     """The SAE in a folder of SAELens' `jumprelu` layout, ours or another's."""
     with refusing(f"{folder}: is no SAE folder of cfg.json and sae_weights.safetensors"):
         cfg = read_json(f"{folder}/cfg.json")
-        settings = {key: cfg.get(key, "none") or "none" for key in CHANGING}
-        other = {key: v for key, v in settings.items() if v != "none"}
+        other = {key: cfg[key] for key in CHANGING if (cfg.get(key) or "none") != "none"}
         other |= {key: cfg[key] for key, v in SAELENS.items() if cfg.get(key, v) != v}
         if other:
             raise ValueError(f"its {other} would change the result: only {SAELENS} is read")
@@ -1120,8 +1113,7 @@ def check(cfg):
     if cfg.k >= cfg.d_sae:
         raise ValueError(f"--k {cfg.k}: must be below --d-sae {cfg.d_sae}, for example 1")
     if cfg.tokens < cfg.batch:
-        must = f"must be at least --batch {cfg.batch}, for example {1000 * cfg.batch}"
-        raise ValueError(f"--tokens {cfg.tokens}: {must}")
+        raise ValueError(f"--tokens {cfg.tokens}: must be at least --batch {cfg.batch}")
     cfg.widths(len(load_core(cfg.core)[0].W_enc) if cfg.core else 0)  # Is there room for the core?
     if cfg.text and cfg.text != f"{cfg.out}/model/text.jsonl":
         text_files(cfg.text)
