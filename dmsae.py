@@ -934,7 +934,7 @@ def print_table(cfg, core, results):
         print(row.format(**result), *(f"{v:.4f}" for v in result["fvu"]))
     if result["core_l0"] > cfg.k / 2:
         print(f"warning: the core alone has L0 {result['core_l0']:.1f}, above half of k {cfg.k}")
-        print("and leaves too little to the others: try a lower --coverage or a larger --k")
+        print("and leaves too little to the others: try a lower --coverage, such as 0.5")
     print(f"latents that 1, 2, ... trainings selected: {core.votes.bincount()[1:].tolist()}")
 
 
