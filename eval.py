@@ -604,13 +604,13 @@ def every_figure(report):
 
 def table(report, everything=False):
     """Yield the lines for the terminal: figures, reasons why there are none, and PW-MCC."""
-    yield " " * 58 + "".join(f"{sae['folder']:>24}" for sae in report["saes"])
+    yield " " * 58 + "".join(f" {sae['folder']:>29}" for sae in report["saes"])
     for name, row in every_figure(report).items():
         if name.endswith(": cannot_run"):
             yield f"{name.removesuffix('_run')} run: {'; '.join(dict.fromkeys(filter(None, row)))}"
         elif everything or re.fullmatch(PRINTED, name):
             cells = (f"{v:.4g}" if isinstance(v, float) else v for v in row)
-            yield f"{name:58}" + "".join(f"{'-' if v is None else v:>24}" for v in cells)
+            yield f"{name:58}" + "".join(f" {'-' if v is None else v:>29}" for v in cells)
     for pair, sets in report["agreement"].items():
         for name, row in sets.items():
             line = "PW-MCC of {}, {} {n}: {decoder:.3f}, random directions {decoder_random:.3f}"

@@ -2622,6 +2622,13 @@ def test_runs_of_other_texts_are_refused(story, tmp_path, capsys, file, change, 
     assert re.search(f"so measure one by one.*{story}.*{says}", line)
 
 
+def test_long_names_of_columns_stay_apart():
+    """The default run's folder, gemma-2-2b_k64_seed0/cycle0, was wider than its column."""
+    names = ["gemma-2-2b_k64_seed0/cycle0", "b" * 40, "c" * 40]
+    header, *_ = ev.table(dict(saes=[dict(folder=n, metrics={}) for n in names], agreement={}))
+    assert header.split() == names
+
+
 def test_a_given_text_is_cut_by_its_own_separator(story, lm, tmp_path, capsys, monkeypatch):
     """It must be cut as --separator says, the run's own be named, and nothing be overwritten."""
     docs = (lm / "text.txt").read_text("utf-8").split("|||")
