@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -2931,6 +2931,13 @@ def test_the_evidence_is_what_the_rows_say(tmp_path, monkeypatch):
     assert told in README and f"Of its {last} latents, 149" in README
     shutil.copytree(HERE / "results", tmp_path / "results")
     about = (tmp_path / "results/README.md").read_text("utf-8")
+    runs = defaultdict(list)
+    for line in (HERE / "results/small-models.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        runs[row["model"], row["kind"], row["coverage"], row["lr"]].append(row["fvu"][-1])
+    for fvu in (fvu for fvu in runs.values() if len(fvu) == 5):
+        told = f"{statistics.mean(fvu):.4f} ± {statistics.stdev(fvu):.4f}"
+        assert told.replace("0.", ".") in about
     (code,) = re.findall(r"(?ms)^```python\n(.*?)^```$", about)
     for name in ("core-share", "compute", "chain"):
         (tmp_path / f"results/{name}.svg").unlink()
